@@ -1,0 +1,54 @@
+# Everything a fresh machine needs is done here: Python 3.10 or newer and a package index are enough.
+# Another torch for a new environment:   make test TORCH="torch==2.14.0"      Another Python:   make test PYTHON=python3.12
+PYTHON  ?= python3
+# torch is installed first and by itself, so that no other package chooses its build.
+TORCH   ?= torch==2.13.0
+# pytest's processes; each computes on one thread (OMP_NUM_THREADS below), which is faster than sharing tiny models.
+WORKERS ?= 2
+# more arguments for pytest:   make test ARGS="-k window"
+ARGS    ?=
+
+VENV := .venv
+RUN  := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-gpu check bench clean
+
+help:  ## say what each target does
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.installed-demo  ## linearize and distil a small real model, compare it with its teacher, save it
+	$(RUN) examples/demo.py
+
+test: $(VENV)/.installed-test  ## all tests that need no GPU
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(RUN) -m pytest -n $(WORKERS) $(ARGS)
+
+test-gpu: $(VENV)/.installed-test  ## only the tests that need a CUDA device; without one it fails
+	@$(RUN) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else \
+	  f"make test-gpu needs a CUDA device, and torch {torch.__version__} finds none here")'
+	$(RUN) -m pytest -m gpu $(ARGS)
+
+check: $(VENV)/.installed-dev  ## format, lint, types, and the snippets of the documentation
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_docs.py
+
+bench: $(VENV)/.installed-test  ## run every benchmark: each verifies its result, then times it
+	@ls benchmarks/bench_*.py > /dev/null
+	set -e; for file in benchmarks/bench_*.py; do $(RUN) $$file; done
+
+clean:  ## remove builds and caches of the tools; the environment, models and results stay
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# One stamp per set of extras; it is older than pyproject.toml when there may be something to install.
+$(VENV)/.installed-%: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(None if sys.version_info >= (3, 10) else \
+	  f"lizardzoo needs Python 3.10 or newer, $(PYTHON) is {sys.version.split()[0]}; try make PYTHON=python3.12")'
+	$(RUN) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --disable-pip-version-check "$(TORCH)"
+	$(RUN) -m pip install --disable-pip-version-check -e ".[$*]"
+	@touch $@
+.PRECIOUS: $(VENV)/.installed-%

@@ -1,0 +1,197 @@
+"""The Hugging Face cache layer that holds a mixer's state, and what states and KV caches cost in bytes.
+
+`DynamicCache(config=model.config)` makes one `MixerCacheLayer` for every layer whose `layer_types` entry is
+`MIXER_LAYER_TYPE`, so `generate` needs no override. The layer reports the mask sizes of full attention: transformers
+sizes the one causal mask of kept softmax layers by the first layer that is not sliding, which may be a mixer's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from lizardzoo.errors import LizardzooError
+from lizardzoo.mixers.base import Mixer, MixerInputs
+
+MIXER_LAYER_TYPE = "lizardzoo_mixer"
+
+
+class _Record(NamedTuple):
+    """One call, to be undone: the state before it, and what is needed to run part of it again."""
+
+    state: Any
+    inputs: MixerInputs
+    mixer: Mixer
+    count: int
+
+
+class MixerCacheLayer(CacheLayerMixin):
+    """Holds one layer's state; its size does not depend on how many tokens have been seen."""
+
+    _layer_type = MIXER_LAYER_TYPE
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__()
+        self.state: Any = None
+        self.cumulative_length = 0
+        self.record_past = False
+        self._records: list[_Record] = []
+
+    def advance(self, mixer: Mixer, inputs: MixerInputs) -> Tensor:
+        """Run the mixer behind the held state, and hold the next one; returns y [B, T, H, D]."""
+        count = inputs.q.shape[1]
+        if self.state is None:
+            self.state = mixer.init_state(inputs.q.shape[0], inputs.v.dtype, inputs.v.device)
+        if self.record_past:
+            self._records.append(_Record(self.state, inputs, mixer, count))
+        y, self.state = mixer(inputs, self.state, need_state=True)
+        self.cumulative_length += count
+        self.is_initialized = True
+        return y
+
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
+        """Forget the last |tokens_to_remove| tokens: go back to a recorded state and replay what is kept of the call."""
+        remove = abs(int(tokens_to_remove))
+        records, self._records = self._records, []
+        if remove == 0:
+            return
+        if remove >= self.cumulative_length:
+            self.reset()
+            return
+        if remove > sum(record.count for record in records):
+            raise LizardzooError(
+                f"cannot remove {remove} tokens from a mixer's cache: its state does not hold the past; call "
+                f"cache.activate_past_recording() before the tokens that may be undone"
+            )
+        while remove > 0:
+            record = records.pop()
+            self.state = record.state
+            self.cumulative_length -= record.count
+            if kept := max(record.count - remove, 0):
+                self.advance_silently(record.mixer, record.inputs.tokens(0, kept))
+            remove -= record.count
+
+    def advance_silently(self, mixer: Mixer, inputs: MixerInputs) -> None:
+        """`advance` without a record of it."""
+        recording, self.record_past = self.record_past, False
+        self.advance(mixer, inputs)
+        self.record_past = recording
+
+    def activate_past_recording(self) -> None:
+        """From now on keep what is needed to undo calls, until the next `crop`."""
+        self.record_past = True
+
+    def reset(self) -> None:
+        """Back to before the first token."""
+        self.state = None
+        self.is_initialized = False
+        self.cumulative_length = 0
+        self._records = []
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row b continues what row beam_idx[b] held."""
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self._map(lambda x: x[indices.to(x.device)])
+
+    def offload(self) -> None:
+        """To the CPU."""
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Nothing to do: the mixer's next call moves the state with its inputs."""
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, padded ones included."""
+        return self.cumulative_length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As for full attention."""
+        return self.cumulative_length + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        """No maximum (the name before transformers 5.18)."""
+        return -1
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing: `advance` asks the mixer for its first state."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """A mixer's layer has no keys and values to update."""
+        raise LizardzooError("a mixer's cache layer has no key-value store; its mixer calls advance() instead of update()")
+
+    def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
+        self.state = map_state(fn, self.state)
+        self._records = []
+
+
+def map_state(fn: Callable[[Tensor], Tensor], state: Any, done: dict[int, Tensor] | None = None) -> Any:
+    """`fn` of every tensor of a nested NamedTuple; a tensor held twice stays one."""
+    done = {} if done is None else done
+    if state is None:
+        return None
+    if isinstance(state, Tensor):
+        if id(state) not in done:
+            done[id(state)] = fn(state)
+        return done[id(state)]
+    return type(state)(*(map_state(fn, part, done) for part in state))
+
+
+def state_tensors(state: Any) -> Iterator[Tensor]:
+    """All tensors of a nested NamedTuple."""
+    if isinstance(state, Tensor):
+        yield state
+    elif state is not None:
+        for part in state:
+            yield from state_tensors(part)
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of all tensors that a cache holds; storage held twice counts once."""
+    tensors: list[Tensor] = []
+    for layer in cache.layers:
+        if isinstance(layer, MixerCacheLayer):
+            tensors += state_tensors(layer.state)
+        else:
+            tensors += [x for x in (layer.keys, layer.values) if isinstance(x, Tensor)]
+    return _bytes(tensors)
+
+
+def state_bytes(model: Any, batch: int = 1) -> int:
+    """Bytes of the mixers' states of a linearized model for `batch` sequences of any length, from their shapes alone."""
+    tensors = []
+    for mixer in model.mixers().values():
+        tensors += list(state_tensors(mixer.init_state(batch, model.dtype, "meta")))
+    return sum(x.nbytes for x in {id(x): x for x in tensors}.values())
+
+
+def kv_bytes(model: Any, length: int, batch: int = 1) -> int:
+    """Bytes of the key-value cache of the softmax layers of a model (all layers of a teacher) at `length` tokens."""
+    config = model.config
+    specs = getattr(config, "specs", None)
+    layers = config.num_hidden_layers if specs is None else sum(spec.keeps_softmax for spec in specs)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * layers * batch * length * config.num_key_value_heads * head_dim * model.dtype.itemsize
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if x.numel()}
+    return sum(storages.values())

@@ -1,0 +1,83 @@
+"""Text for evaluation, cut into sequences of one length."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lizardzoo.errors import LizardzooError
+
+
+def sequences(
+    text_or_path: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int = 2048,
+    limit: int | None = None,
+) -> Tensor:
+    """Non-overlapping sequences [N, length] (int64) from the start of a text; an incomplete last one is left out.
+
+    Where the tokenizer itself puts a beginning-of-text token in front (Llama 3, Mistral), every sequence begins with
+    one, in its length: models trained so are not themselves without it.
+
+    Args:
+        text_or_path: a file (UTF-8, plain or .gz), or the text itself.
+        tokenizer: the teacher's.
+        length: tokens per sequence.
+        limit: take at most so many sequences.
+
+    Raises:
+        LizardzooError: a file that is missing or not UTF-8, a text shorter than one sequence.
+    """
+    _at_least("length", length, 2)
+    if limit is not None:
+        _at_least("limit", limit, 1)
+    text, source = _read(text_or_path)
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    prefix = _prefix(tokenizer)
+    body = length - len(prefix)
+    count = len(ids) // body
+    if count == 0:
+        raise LizardzooError(
+            f"{source} has {len(ids)} tokens, fewer than one sequence of {length}; give a longer text or a smaller "
+            f"length"
+        )
+    count = count if limit is None else min(count, limit)
+    rows = torch.tensor(ids[: count * body], dtype=torch.long).view(count, body)
+    return torch.cat([torch.tensor(prefix, dtype=torch.long).expand(count, -1), rows], 1)
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise LizardzooError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """[bos] where the tokenizer begins every text with it, else nothing."""
+    own = tokenizer("")["input_ids"]
+    return own[:1] if own and own[0] == tokenizer.bos_token_id else []
+
+
+def _read(text_or_path: str | os.PathLike[str]) -> tuple[str, str]:
+    """The text, and what to call it in an error."""
+    if isinstance(text_or_path, str) and not _names_a_file(text_or_path):
+        start = text_or_path[:40] + ("..." if len(text_or_path) > 40 else "")
+        return text_or_path, f"the text {start!r} (no file has that name)"
+    path = Path(text_or_path)
+    if not path.is_file():
+        raise LizardzooError(f"there is no text file {str(path)!r}; give the path of a .txt or .txt.gz file")
+    try:
+        raw = path.read_bytes()
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8"), f"the text in {path}"
+    except UnicodeDecodeError as error:
+        raise LizardzooError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from error
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise LizardzooError(f"{path} is not a whole gzip file ({error}); pack it again") from error
+
+
+def _names_a_file(text: str) -> bool:
+    return 0 < len(text) < 4096 and "\n" not in text and "\0" not in text and Path(text).is_file()

@@ -1,0 +1,31 @@
+"""The Hedgehog feature map, as logarithms.
+
+Lizard (arXiv:2507.09025, section 3.1) and LoLCATs (arXiv:2410.10254) map x to [f(xW), f(-xW)]; f is a softmax over the
+features of each half (the paper's table 13) or exp (its section 4). Features are positive and travel as logarithms:
+exp features span e^+-80 and more, which no product of fp32 numbers survives.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Activation = Literal["softmax", "exp"]
+
+
+class FeatureMap(NamedTuple):
+    """Weights of phi for queries and keys: `query` [1 or H, D, F], `key` [1 or Hkv, D, F]; 2F features."""
+
+    query: Tensor
+    key: Tensor
+    activation: Activation
+
+
+def log_features(x: Tensor, weight: Tensor, activation: Activation) -> Tensor:
+    """log phi(x): [B, T, H, D] x [1 or H, D, F] -> [B, T, H, 2F], in weight's dtype."""
+    logits = torch.einsum("bthd,hdf->bthf", x.to(weight.dtype), weight.expand(x.shape[2], -1, -1))
+    if activation == "softmax":
+        return torch.cat([logits.log_softmax(-1), (-logits).log_softmax(-1)], -1)
+    return torch.cat([logits, -logits], -1)

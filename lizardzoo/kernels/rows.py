@@ -1,0 +1,82 @@
+"""Rows of a batch as the reference kernels want them: real tokens first, each with its document and its rank in it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def take_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """x [B, T, ...] at index [B, S] along the tokens: [B, S, ...]."""
+    shape = index.shape + (1,) * (x.ndim - 2)
+    return x.gather(1, index.view(shape).expand(*index.shape, *x.shape[2:]))
+
+
+class Rows(NamedTuple):
+    """Where the tokens of a [B, T] batch stand once every row's real tokens are moved to its front.
+
+    A slot is a place after that move. `valid`, `document` and `rank` are [B, T] by slot: whether a real token stands
+    there, which document it belongs to (0 = the one the incoming state is in, then 1, 2, ... for those that start here)
+    and how many real tokens of that document come before it. `lengths` [B] counts the real tokens of a row.
+    """
+
+    valid: Tensor
+    document: Tensor
+    rank: Tensor
+    lengths: Tensor
+    order: Tensor | None
+    inverse: Tensor | None
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Move real tokens to the front and zero the rest, so that a NaN in a padded place stays there."""
+        if self.order is None or self.inverse is None:
+            return x
+        flags = self.valid.view(self.valid.shape + (1,) * (x.ndim - 2))
+        return torch.where(flags, take_tokens(x, self.order), torch.zeros((), dtype=x.dtype, device=x.device))
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """The inverse move of an output."""
+        return x if self.inverse is None else take_tokens(x, self.inverse)
+
+    def next_length(self, length: Tensor) -> Tensor:
+        """Real tokens seen so far of the document that each row ends in; [B]."""
+        last = (self.lengths - 1).clamp(min=0)[:, None]
+        return torch.where(self.lengths > 0, self.rank.gather(1, last)[:, 0] + 1, length)
+
+    def last_document(self) -> Tensor:
+        """The document each row ends in; [B, 1]. Slots behind the real tokens continue the last document."""
+        return self.document[:, -1:]
+
+
+def arrange(tokens: Tensor, mask: Tensor | None, starts: Tensor | None, length: Tensor | None) -> Rows:
+    """Rows of `tokens` [B, T, ...]; `length` [B] is how many real tokens the incoming state has seen."""
+    batch, count = tokens.shape[:2]
+    slots = torch.arange(count, device=tokens.device).expand(batch, count)
+    order = inverse = None
+    lengths = torch.full((batch,), count, device=tokens.device)
+    if mask is not None:
+        order = (~mask).long().argsort(dim=1, stable=True)
+        inverse = order.argsort(dim=1)
+        lengths = mask.sum(1)
+        starts = None if starts is None else take_tokens(starts & mask, order)
+    before = torch.zeros_like(lengths) if length is None else length
+    if starts is None:
+        document, rank = torch.zeros_like(slots), slots + before[:, None]
+    else:
+        document = starts.long().cumsum(1)
+        first = torch.where(starts, slots, 0).cummax(1).values
+        rank = torch.where(document > 0, slots - first, slots + before[:, None])
+    return Rows(slots < lengths[:, None], document, rank, lengths, order, inverse)
+
+
+def tail(past: Tensor | None, new: Tensor, lengths: Tensor, size: int) -> Tensor:
+    """The last `size` of the tokens [past, new], where each row has only `lengths` real tokens in `new`.
+
+    past [B, size, ...] or None (nothing before: zeros), new [B, T, ...] packed; returns [B, size, ...].
+    """
+    if past is None:
+        past = new.new_zeros(new.shape[0], size, *new.shape[2:])
+    index = lengths[:, None] + torch.arange(size, device=new.device)
+    return take_tokens(torch.cat([past, new], 1), index)

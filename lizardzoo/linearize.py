@@ -1,0 +1,200 @@
+"""Teacher to student: build the linearized model, copy every weight, report both sides; and load one strictly."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from lizardzoo.adapters import ADAPTERS, Adapter, is_new_parameter, softmax_mode
+from lizardzoo.config import SpecLike, resolve_layers
+from lizardzoo.errors import LizardzooError
+
+CALIBRATION_LENGTH = 1024
+CALIBRATION_TOKENS = 4096
+
+
+@dataclass
+class ConversionReport:
+    """What became of each parameter, by name: `new` (a mixer's), `kept` (copied), `dropped` (the teacher's alone)."""
+
+    new: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{len(self.new)} new, {len(self.kept)} kept, {len(self.dropped)} dropped parameters"
+
+
+def linearize(
+    model: PreTrainedModel | str | Path,
+    layers: SpecLike | Sequence[SpecLike] = "recommended",
+    *,
+    calibrate: str | Tensor | None = None,
+    tokenizer: Any = None,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """A linearized copy of a teacher.
+
+    Args:
+        model: a loaded causal LM, or the id or folder of one. It is left untouched.
+        layers: one spec, preset name or dict per layer, or one for all layers.
+        calibrate: text, or token ids [B, T], on which mixers set their start values from the teacher's own attention
+            (text needs `tokenizer`, or a `model` given by id or folder). None: sensible constants.
+        tokenizer: for `calibrate`.
+        dtype: of the copied weights; the teacher's unless given. New parameters are fp32 always.
+
+    Returns:
+        The student, a Hugging Face model of the family's linearized class, in eval mode; its `conversion_report` says
+        which parameters are new, kept and dropped.
+
+    Raises:
+        LizardzooError: an unsupported architecture, or layers that do not fit the model.
+    """
+    source = None
+    if isinstance(model, (str, Path)):
+        source = str(model)
+        config = AutoConfig.from_pretrained(source)
+        adapter = find_adapter(config)
+        specs = resolve_layers(layers, config.num_hidden_layers)  # a wrong list costs no download
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+    else:
+        adapter = find_adapter(model.config)
+        specs = resolve_layers(layers, model.config.num_hidden_layers)
+    if isinstance(calibrate, str):
+        calibrate = _tokenize(calibrate, tokenizer, source)
+
+    config = _convert_config(model.config, adapter, [spec.to_dict() for spec in specs])
+    student = adapter.model_class._from_config(config, dtype=dtype or model.dtype).to(model.device)
+    student.conversion_report = _copy_weights(model, student)
+    student.generation_config = copy.deepcopy(model.generation_config)
+    student.eval()
+    if calibrate is not None:
+        calibrate_mixers(student, calibrate)
+    return student
+
+
+def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
+    """Load a linearized model from a folder or the Hub; `kwargs` go to transformers' `from_pretrained`.
+
+    Raises:
+        LizardzooError: the checkpoint is not a linearized one, or its parameters are not exactly the model's.
+    """
+    config = AutoConfig.from_pretrained(str(name_or_path), **_hub_kwargs(kwargs))
+    adapter = next((a for a in map(ADAPTERS.get, ADAPTERS) if a.config_class.model_type == config.model_type), None)
+    if adapter is None:
+        raise LizardzooError(
+            f"{name_or_path} holds a plain {config.model_type!r} model, not a linearized one; "
+            f"make one with lizardzoo.linearize({str(name_or_path)!r})"
+        )
+    model, info = adapter.model_class.from_pretrained(str(name_or_path), output_loading_info=True, **kwargs)
+    problems = [
+        f"{len(names)} {what} (first: {sorted(map(str, names))[0]})"
+        for what, names in (
+            ("missing", info["missing_keys"]),
+            ("unexpected", info["unexpected_keys"]),
+            ("of another shape", info.get("mismatched_keys", ())),
+        )
+        if names
+    ]
+    if problems:
+        raise LizardzooError(
+            f"the checkpoint {name_or_path} does not fit its config: parameters {', '.join(problems)}; "
+            f"save the whole model with save_pretrained, or correct `layers` in config.json"
+        )
+    return model
+
+
+def find_adapter(config: PreTrainedConfig) -> Adapter:
+    """The adapter of a teacher's config."""
+    if config.model_type not in ADAPTERS:
+        for name in ADAPTERS:
+            if ADAPTERS.get(name).config_class.model_type == config.model_type:
+                raise LizardzooError(
+                    f"this model is linearized already ({config.model_type}); load its teacher to convert it anew, or use "
+                    f"set_window() to change windows"
+                )
+        raise LizardzooError(
+            f"cannot linearize a {config.model_type!r} model; supported architectures: {', '.join(ADAPTERS)} "
+            f"(CONTRIBUTING says how to add one)"
+        )
+    return ADAPTERS.get(config.model_type)
+
+
+@torch.no_grad()
+def calibrate_mixers(student: Any, token_ids: Tensor) -> None:
+    """Let every mixer set its start values from the teacher's own q, k, v on `token_ids` [B, T]."""
+    handles = []
+
+    def calibrate(attention: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        attention.mixer.calibrate(attention.inputs(*args, **kwargs))
+
+    for attention in student.attentions():
+        if attention.mixer is not None:
+            handles.append(attention.register_forward_pre_hook(calibrate, with_kwargs=True))
+    try:
+        with softmax_mode(student):
+            student(token_ids.to(student.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _convert_config(teacher: PreTrainedConfig, adapter: Adapter, layers: list[dict[str, Any]]) -> Any:
+    """The linearized config. Explicit: a plain `from_pretrained` of the other class would keep the wrong model_type."""
+    fields = teacher.to_dict()
+    for name in ("model_type", "architectures", "layer_types", "transformers_version", "quantization_config"):
+        fields.pop(name, None)
+    fields.pop("torch_dtype", None)
+    config = adapter.config_class(**fields, layers=layers)
+    config._attn_implementation = teacher._attn_implementation
+    config.base_model_name_or_path = teacher._name_or_path or None
+    return config
+
+
+def _copy_weights(teacher: nn.Module, student: nn.Module) -> ConversionReport:
+    """Copy by name; what is neither the teacher's nor a mixer's, or has another shape, raises before anything is changed."""
+    source, target = teacher.state_dict(), student.state_dict()
+    report = ConversionReport(
+        new=[name for name in target if name not in source],
+        kept=[name for name in target if name in source],
+        dropped=[name for name in source if name not in target],
+    )
+    strangers = [name for name in report.new if not is_new_parameter(name)] + report.dropped
+    strangers += [name for name in report.kept if source[name].shape != target[name].shape]
+    if strangers:
+        raise LizardzooError(
+            f"the teacher's parameters do not fit its architecture: {', '.join(strangers[:4])} "
+            f"({len(strangers)} in all) are missing, unexpected or of another shape; is the checkpoint complete?"
+        )
+    with torch.no_grad():
+        for name in report.kept:
+            target[name].copy_(source[name])
+    return report
+
+
+def _tokenize(text: str, tokenizer: Any, source: str | None) -> Tensor:
+    if tokenizer is None:
+        if source is None:
+            raise LizardzooError("calibrate is a text, which needs a tokenizer; pass tokenizer=..., or token ids [B, T]")
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]
+    length = min(CALIBRATION_LENGTH, len(ids))
+    count = max(1, min(len(ids), CALIBRATION_TOKENS) // length) if length else 0
+    if count == 0:
+        raise LizardzooError("the calibration text is empty; give a text longer than the window, or none")
+    return ids[: count * length].view(count, length)
+
+
+def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The part of from_pretrained's arguments that says where to look."""
+    names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
+    return {name: kwargs[name] for name in names if name in kwargs}

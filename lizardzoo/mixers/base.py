@@ -1,0 +1,136 @@
+"""The mixer: a module that turns q, k, v and the layer's input into the attention output, with its own state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lizardzoo.config import MixerSpec
+from lizardzoo.errors import LizardzooError
+from lizardzoo.kernels import Impl
+from lizardzoo.mixers.merge import Branch
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """What a mixer must know of the attention it replaces; `scale` is that of the softmax scores."""
+
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+
+    def __post_init__(self) -> None:
+        if self.kv_heads < 1 or self.heads < 1 or self.heads % self.kv_heads:
+            raise LizardzooError(
+                f"the model has {self.heads} query heads and {self.kv_heads} key heads; a mixer needs the first to be a "
+                f"multiple of the second: check num_attention_heads and num_key_value_heads in its config"
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise LizardzooError(
+                f"the model has head_dim {self.head_dim}; RoPE needs an even number: check head_dim in its config"
+            )
+
+
+class MixerInputs(NamedTuple):
+    """One call's inputs.
+
+    q [B, T, H, D], k, v [B, T, Hkv, D]: projected, normed, BEFORE RoPE; cos, sin [B or 1, T, D]; x [B, T, hidden]: the
+    layer's input; mask [B, T] bool, True = real token, None = all real; starts [B, T] bool, True where a packed document
+    begins, None = none.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    x: Tensor
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor | None = None
+    starts: Tensor | None = None
+
+    def tokens(self, start: int, end: int) -> MixerInputs:
+        """The same for the tokens start .. end-1."""
+        return MixerInputs(*(None if x is None else x[:, start:end] for x in self))  # type: ignore[arg-type]
+
+    def rotated(self) -> tuple[Tensor, Tensor]:
+        """q and k after RoPE (rotate-half convention of Llama, Mistral and Qwen)."""
+        cos, sin = self.cos.unsqueeze(2), self.sin.unsqueeze(2)
+        return self.q * cos + _rotate_half(self.q) * sin, self.k * cos + _rotate_half(self.k) * sin
+
+
+class Mixer(nn.Module):
+    """Base of all mixers. A subclass names its branches, computes them, and says how they merge.
+
+    Parameters live in fp32 whatever the model's dtype: bf16 swallows the small updates of gates and scales without a
+    sign (casting a model to bf16 moves this module's device only). Modules are built on the meta device by
+    transformers, so values are given in `reset_parameters`, never in `__init__`.
+    """
+
+    branch_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, spec: MixerSpec, shape: AttentionShape) -> None:
+        super().__init__()
+        self.spec: Any = spec
+        self.shape = shape
+        self.impl = Impl.AUTO
+        self.switched_off: set[str] = set()
+        """Branches that add nothing to the output (for ablations); their state still advances."""
+
+    def branches(
+        self, inputs: MixerInputs, state: Any | None, need_state: bool
+    ) -> tuple[dict[str, Branch], Any | None]:
+        """Each branch by name, and the next state (None unless needed)."""
+        raise NotImplementedError
+
+    def merge(self, branches: dict[str, Branch], x: Tensor) -> Tensor:
+        """The output [B, T, H, D] from the branches that are switched on (at least one)."""
+        (branch,) = branches.values()
+        return branch.y
+
+    def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> Any:
+        """The state before the first token: a (nested) NamedTuple of tensors whose size never changes."""
+        raise NotImplementedError
+
+    def reset_parameters(self) -> None:
+        """Give all own parameters their start values."""
+        for child in self.children():
+            child.reset_parameters()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def calibrate(self, inputs: MixerInputs) -> None:
+        """Set start values from the teacher's own q, k, v on a piece of text, where the mixer has something to set."""
+
+    def forward(
+        self, inputs: MixerInputs, state: Any | None = None, need_state: bool = False
+    ) -> tuple[Tensor, Any | None]:
+        """y [B, T, H, D] in q's dtype, and the next state."""
+        branches, state = self.branches(inputs, state, need_state)
+        on = {name: branch for name, branch in branches.items() if name not in self.switched_off}
+        y = self.merge(on, inputs.x) if on else torch.zeros_like(inputs.q)
+        return y.to(inputs.q.dtype), state
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixer:
+        def wide(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrowed = tensor.is_floating_point() and moved.dtype.itemsize < tensor.dtype.itemsize
+            return tensor.to(moved.device) if narrowed else moved
+
+        return super()._apply(wide, recurse)
+
+
+@torch.no_grad()
+def start_value(parameter: nn.Parameter, value: Tensor | float) -> None:
+    """Give a new parameter its start value, unless transformers has just loaded it from a checkpoint."""
+    if not getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta:
+        parameter.copy_(torch.as_tensor(value).to(parameter).expand_as(parameter))
+
+
+def _rotate_half(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)

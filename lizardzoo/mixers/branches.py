@@ -1,0 +1,181 @@
+"""The two branches that mixers are made of: the fields that describe them and the modules that compute them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lizardzoo.config import MixerSpec
+from lizardzoo.kernels import (
+    GatedLinearState,
+    Impl,
+    WindowState,
+    gated_linear_attention,
+    gated_linear_attention_step,
+    window_attention,
+    window_attention_step,
+)
+from lizardzoo.kernels.features import Activation
+from lizardzoo.kernels.gated_linear import init_state as init_linear_state
+from lizardzoo.kernels.window import init_state as init_window_state
+from lizardzoo.mixers.base import AttentionShape, MixerInputs, start_value
+from lizardzoo.mixers.feature_maps import HedgehogMap
+from lizardzoo.mixers.gates import DecayGate, TokenGate
+from lizardzoo.mixers.merge import Branch
+
+MAX_SIZE = 1 << 20
+"""Bound on every size field, so that a config from a stranger cannot ask for absurd memory."""
+
+
+@dataclass(frozen=True)
+class WindowFields(MixerSpec):
+    """Fields of a window branch.
+
+    window: keys a query sees, itself included; a run-time choice (`model.set_window`).
+    keep: first tokens of the text that stay visible for ever.
+    sinks: learned logits in the denominator (meta memory), per layer.
+    window_rope: RoPE on the window's q and k.
+    """
+
+    window: int = 128
+    keep: int = 4
+    sinks: int = 0
+    window_rope: bool = True
+
+    def validate(self) -> None:
+        super().validate()
+        self.require(1 <= self.window <= MAX_SIZE, "window", f"from 1 to {MAX_SIZE}")
+        self.require(0 <= self.keep <= MAX_SIZE, "keep", f"from 0 to {MAX_SIZE}")
+        self.require(0 <= self.sinks <= MAX_SIZE, "sinks", f"from 0 to {MAX_SIZE}")
+
+
+@dataclass(frozen=True)
+class LinearFields(MixerSpec):
+    """Fields of a gated linear branch.
+
+    feature_dim: width of a feature map's half (2 x feature_dim features); None = head_dim.
+    activation: softmax over each half's features, or exp.
+    maps: one feature map per head or per layer.
+    feature_rope: feature maps after RoPE instead of before it.
+    gate: one decay per token, per token and kv head, or per token and query head; None = no decay.
+    gate_init: the decay at the start.
+    input_gate: a learned weight per token and kv head with which it enters the memory.
+    """
+
+    feature_dim: int | None = None
+    activation: Activation = "softmax"
+    maps: Literal["head", "layer"] = "head"
+    feature_rope: bool = False
+    gate: Literal["token", "kv_head", "query_head"] | None = "kv_head"
+    gate_init: float = 0.999
+    input_gate: bool = True
+
+    def validate(self) -> None:
+        super().validate()
+        if self.feature_dim is not None:
+            self.require(1 <= self.feature_dim <= MAX_SIZE, "feature_dim", f"from 1 to {MAX_SIZE}, or None")
+        self.require(0 < self.gate_init < 1, "gate_init", "between 0 and 1")
+
+
+class WindowBranch(nn.Module):
+    """Sliding-window softmax with kept tokens and meta memory; `sinks` [m] fp32, shared by the layer's heads."""
+
+    def __init__(self, spec: WindowFields, shape: AttentionShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.sinks = nn.Parameter(torch.empty(spec.sinks, dtype=torch.float32)) if spec.sinks else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sink logits start at zero."""
+        if self.sinks is not None:
+            start_value(self.sinks, 0.0)
+
+    def forward(
+        self,
+        spec: WindowFields,
+        inputs: MixerInputs,
+        qk: tuple[Tensor, Tensor],
+        state: WindowState | None,
+        need_state: bool,
+        impl: Impl,
+    ) -> tuple[Branch, WindowState | None]:
+        """The branch on q, k of the caller's choice (rotated or not)."""
+        q, k = qk
+        if state is not None and inputs.starts is None and q.shape[1] == 1:
+            y, log_mass, state = window_attention_step(
+                q, k, inputs.v, state, keep=spec.keep, sinks=self.sinks, scale=self.shape.scale,
+                mask=inputs.mask, impl=impl,
+            )  # fmt: skip
+        else:
+            y, log_mass, state = window_attention(
+                q, k, inputs.v, window=spec.window, keep=spec.keep, sinks=self.sinks, scale=self.shape.scale,
+                mask=inputs.mask, starts=inputs.starts, state=state, return_state=need_state, impl=impl,
+            )  # fmt: skip
+        return Branch(y, log_mass), state
+
+    def init_state(
+        self, spec: WindowFields, batch: int, dtype: torch.dtype, device: torch.device | str
+    ) -> WindowState:
+        """Before the first token."""
+        return init_window_state(batch, self.shape.kv_heads, self.shape.head_dim, spec.window, spec.keep, dtype, device)
+
+
+class LinearBranch(nn.Module):
+    """Gated linear attention with Hedgehog features."""
+
+    def __init__(self, spec: LinearFields, shape: AttentionShape) -> None:
+        super().__init__()
+        self.shape = shape
+        self.feature_dim = spec.feature_dim or shape.head_dim
+        query_heads, key_heads = (shape.heads, shape.kv_heads) if spec.maps == "head" else (1, 1)
+        self.feature_map = HedgehogMap(query_heads, key_heads, shape.head_dim, self.feature_dim, spec.activation)
+        gates = {"token": 1, "kv_head": shape.kv_heads, "query_head": shape.heads, None: 0}
+        self.decay_heads = gates[spec.gate]
+        self.input_heads = shape.kv_heads if spec.input_gate else 0
+        hidden = shape.hidden_size
+        self.decay = DecayGate(hidden, self.decay_heads, start=spec.gate_init) if self.decay_heads else None
+        self.input_gate = TokenGate(hidden, self.input_heads) if self.input_heads else None
+
+    def reset_parameters(self) -> None:
+        """Identity maps, constant gates."""
+        for child in self.children():
+            child.reset_parameters()  # type: ignore[operator]
+
+    def forward(
+        self,
+        inputs: MixerInputs,
+        qk: tuple[Tensor, Tensor],
+        lag: int,
+        skip: int,
+        state: GatedLinearState | None,
+        need_state: bool,
+        impl: Impl,
+    ) -> tuple[Branch, GatedLinearState | None]:
+        """The branch on q, k of the caller's choice (rotated or not)."""
+        q, k = qk
+        log_decay = None if self.decay is None else self.decay(inputs.x)
+        log_input = None if self.input_gate is None else self.input_gate(inputs.x)
+        maps = self.feature_map()
+        if state is not None and inputs.starts is None and q.shape[1] == 1:
+            y, log_mass, state = gated_linear_attention_step(
+                q, k, inputs.v, log_decay, state, log_input=log_input, feature_map=maps, skip=skip,
+                mask=inputs.mask, impl=impl,
+            )  # fmt: skip
+        else:
+            y, log_mass, state = gated_linear_attention(
+                q, k, inputs.v, log_decay, log_input=log_input, feature_map=maps, lag=lag, skip=skip,
+                mask=inputs.mask, starts=inputs.starts, state=state, return_state=need_state, impl=impl,
+            )  # fmt: skip
+        return Branch(y, log_mass), state
+
+    def init_state(self, lag: int, batch: int, dtype: torch.dtype, device: torch.device | str) -> GatedLinearState:
+        """Before the first token."""
+        shape = self.shape
+        return init_linear_state(
+            batch, shape.heads, shape.kv_heads, shape.head_dim, 2 * self.feature_dim, lag, self.decay_heads,
+            self.input_heads, dtype, device,
+        )  # fmt: skip

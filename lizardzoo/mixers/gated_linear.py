@@ -1,0 +1,49 @@
+"""Gated linear attention alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lizardzoo.config import register_mixer
+from lizardzoo.kernels import GatedLinearState
+from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
+from lizardzoo.mixers.branches import LinearBranch, LinearFields
+from lizardzoo.mixers.merge import Branch, unnormalized
+
+
+@register_mixer("gated_linear")
+@dataclass(frozen=True)
+class GatedLinear(LinearFields):
+    """Gated linear attention over the whole past; `normalize=False` leaves out the denominator."""
+
+    normalize: bool = True
+
+    def build(self, shape: AttentionShape) -> GatedLinearMixer:
+        return GatedLinearMixer(self, shape)
+
+
+class GatedLinearMixer(Mixer):
+    """One branch, "linear"."""
+
+    branch_names = ("linear",)
+
+    def __init__(self, spec: GatedLinear, shape: AttentionShape) -> None:
+        super().__init__(spec, shape)
+        self.linear = LinearBranch(spec, shape)
+
+    def branches(
+        self, inputs: MixerInputs, state: GatedLinearState | None, need_state: bool
+    ) -> tuple[dict[str, Branch], GatedLinearState | None]:
+        qk = inputs.rotated() if self.spec.feature_rope else (inputs.q, inputs.k)
+        branch, state = self.linear(inputs, qk, 0, 0, state, need_state, self.impl)
+        return {"linear": branch}, state
+
+    def merge(self, branches: dict[str, Branch], x: Tensor) -> Tensor:
+        branch = branches["linear"]
+        return branch.y if self.spec.normalize else unnormalized(branch)
+
+    def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> GatedLinearState:
+        return self.linear.init_state(0, batch, dtype, device)

@@ -1,0 +1,46 @@
+"""Sliding-window attention alone, with kept first tokens and meta memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lizardzoo.config import register_mixer
+from lizardzoo.kernels import WindowState
+from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
+from lizardzoo.mixers.branches import WindowBranch, WindowFields
+from lizardzoo.mixers.merge import Branch
+
+
+@register_mixer("window")
+@dataclass(frozen=True)
+class Window(WindowFields):
+    """Softmax over a sliding window; on a prompt that fits the window it is the teacher (RoPE, no sinks)."""
+
+    def build(self, shape: AttentionShape) -> WindowMixer:
+        return WindowMixer(self, shape)
+
+
+class WindowMixer(Mixer):
+    """One branch, "window"."""
+
+    branch_names = ("window",)
+
+    def __init__(self, spec: Window, shape: AttentionShape) -> None:
+        super().__init__(spec, shape)
+        self.window = WindowBranch(spec, shape)
+
+    def branches(
+        self, inputs: MixerInputs, state: WindowState | None, need_state: bool
+    ) -> tuple[dict[str, Branch], WindowState | None]:
+        qk = inputs.rotated() if self.spec.window_rope else (inputs.q, inputs.k)
+        branch, state = self.window(self.spec, inputs, qk, state, need_state, self.impl)
+        return {"window": branch}, state
+
+    def merge(self, branches: dict[str, Branch], x: Tensor) -> Tensor:
+        return branches["window"].y
+
+    def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> WindowState:
+        return self.window.init_state(self.spec, batch, dtype, device)

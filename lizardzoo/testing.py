@@ -1,0 +1,135 @@
+"""What tests and plug-in authors share: float64 oracles, hypothesis strategies and the laws every mixer must obey.
+
+The oracles are literal loops over queries and keys, straight from the equations, with no trick in common with the
+kernels: slow, and right by inspection. They take whole sequences only; states are tested by splitting.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lizardzoo.kernels import FeatureMap
+
+
+def visible_pairs(
+    mask: Tensor, starts: Tensor, batch: int, *, window: int | None = None, keep: int = 0, lag: int = 0, skip: int = 0
+) -> list[list[int]]:
+    """For each query of a row, the key positions it sees. window: softmax set; otherwise the linear branch's set."""
+    seen: list[list[int]] = []
+    document: list[int] = []  # positions of the real tokens of the current document, in order
+    for i in range(mask.shape[1]):
+        if not mask[batch, i]:
+            seen.append([])
+            continue
+        if starts[batch, i]:
+            document = []
+        document.append(i)
+        rank = len(document) - 1
+        if window is not None:
+            seen.append([t for r, t in enumerate(document) if rank - r < window or r < keep])
+        else:
+            seen.append([t for r, t in enumerate(document) if r <= rank - lag and r >= skip])
+    return seen
+
+
+def window_oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    keep: int = 0,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`lizardzoo.kernels.window_attention` from its equation, float64."""
+    groups = q.shape[2] // k.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    sinks = None if sinks is None else sinks.expand(q.shape[2], -1)
+    mask, starts = _flags(q, mask, starts)
+
+    def scores(b: int, h: int, i: int, seen: list[int]) -> Tensor:
+        return torch.stack([scale * (q[b, i, h] * k[b, t, h // groups]).sum() for t in seen])
+
+    seen = [visible_pairs(mask, starts, b, window=window, keep=keep) for b in range(q.shape[0])]
+    return _attend(q, v, seen, scores, sinks)
+
+
+def gated_linear_oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    log_input: Tensor | None = None,
+    feature_map: FeatureMap | None = None,
+    lag: int = 0,
+    skip: int = 0,
+    mask: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`lizardzoo.kernels.gated_linear_attention` from its equation, float64."""
+    heads, groups = q.shape[2], q.shape[2] // k.shape[2]
+    mask, starts = _flags(q, mask, starts)
+
+    def per_head(gate: Tensor | None) -> Tensor:
+        zero = q.new_zeros(*q.shape[:3])
+        return zero if gate is None else zero + gate.repeat_interleave(heads // gate.shape[2], 2)
+
+    def log_phi(x: Tensor, weight: Tensor, head: int) -> Tensor:
+        logits = x @ weight[head if weight.shape[0] > 1 else 0]
+        halves = [logits, -logits]
+        assert feature_map is not None
+        if feature_map.activation == "softmax":
+            halves = [half - half.exp().sum().log() for half in halves]
+        return torch.cat(halves)
+
+    decay, weight = per_head(log_decay), per_head(log_input)
+
+    def scores(b: int, h: int, i: int, seen: list[int]) -> Tensor:
+        out = []
+        for t in seen:
+            fq, fk = q[b, i, h], k[b, t, h // groups]
+            if feature_map is not None:
+                fq, fk = log_phi(fq, feature_map.query, h), log_phi(fk, feature_map.key, h // groups)
+            lost = sum((decay[b, step, h] for step in range(t + 1, i + 1) if mask[b, step]), q.new_zeros(()))
+            out.append(torch.logsumexp(fq + fk, 0) + lost + weight[b, t, h])
+        return torch.stack(out)
+
+    seen = [visible_pairs(mask, starts, b, lag=lag, skip=skip) for b in range(q.shape[0])]
+    return _attend(q, v, seen, scores, None)
+
+
+def _flags(q: Tensor, mask: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:
+    mask = torch.ones(q.shape[:2], dtype=torch.bool) if mask is None else mask
+    starts = torch.zeros(q.shape[:2], dtype=torch.bool) if starts is None else starts
+    return mask, starts
+
+
+def _attend(q, v, seen, scores, sinks):  # type: ignore[no-untyped-def]
+    """y and log-mass from the scores of each query against the keys it sees."""
+    groups = q.shape[2] // v.shape[2]
+    ys, log_masses = [], []
+    for b in range(q.shape[0]):
+        for i in range(q.shape[1]):
+            for h in range(q.shape[2]):
+                y, logits = q.new_zeros(v.shape[-1]), q.new_zeros(0)
+                if seen[b][i]:
+                    logits = scores(b, h, i, seen[b][i])
+                total = logits
+                if sinks is not None and (seen[b][i]):
+                    total = torch.cat([logits, sinks[h].to(q)])
+                if total.numel() == 0:
+                    ys.append(y)
+                    log_masses.append(q.new_full((), float("-inf")))
+                    continue
+                log_mass = total.logsumexp(0)
+                for logit, t in zip(logits, seen[b][i], strict=True):
+                    y = y + (logit - log_mass).exp() * v[b, t, h // groups]
+                ys.append(y)
+                log_masses.append(log_mass)
+    shape = q.shape[:3]
+    return torch.stack(ys).view(*shape, -1), torch.stack(log_masses).view(shape)

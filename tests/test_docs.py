@@ -1,0 +1,118 @@
+"""The documentation is run: every Python block of README and CONTRIBUTING, in order, one namespace per file.
+
+A block that cannot run here says why on the line above it: `<!-- not run: needs a Hub account -->`. Blocks run
+in a folder of their own that holds `corpus.txt`, a text of some 5,000 words. A quoted Hub name such as
+"HuggingFaceTB/SmolLM2-135M-Instruct" stands for a tiny random Llama, and "me/..." for a linearized one: both lie
+in the Hub's local cache, so that the code under test takes its usual way.
+"""
+
+import inspect
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from huggingface_hub import constants
+
+import lizardzoo as lz
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
+HUB_NAME = re.compile(r"""["']([\w-]+/[\w-]+(?:\.\d[\w-]*)*)["']""")
+
+
+class Block(NamedTuple):
+    """One fenced block; `line` is where its code starts, `runs` whether it is not excused."""
+
+    code: str
+    line: int
+    runs: bool
+
+
+def blocks_of(path: Path) -> list[Block]:
+    """The Python blocks of a Markdown file, in order."""
+    text = path.read_text(encoding="utf-8")
+    blocks = []
+    for match in BLOCK.finditer(text):
+        above = text[: match.start()].rstrip("\n").rpartition("\n")[2]
+        line = text.count("\n", 0, match.start(1)) + 1
+        blocks.append(Block(match[1], line, not NOT_RUN.fullmatch(above.strip())))
+    return blocks
+
+
+@pytest.fixture
+def stand_in(tiny_folder: Path) -> Iterator[Any]:
+    """A function that puts a tiny model into the Hub's local cache under a name."""
+    made: list[Path] = []
+
+    def put(name: str) -> None:
+        entry = Path(constants.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
+        if entry.exists():
+            return
+        made.append(entry)
+        snapshot = entry / "snapshots" / ("0" * 40)
+        shutil.copytree(tiny_folder, snapshot)
+        if name.startswith("me/"):
+            lz.linearize(tiny_folder).save_pretrained(snapshot)
+        (entry / "refs").mkdir()
+        (entry / "refs" / "main").write_text("0" * 40)
+
+    yield put
+    for entry in made:
+        shutil.rmtree(entry)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+def test_the_snippets_run(
+    name: str, stand_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_registries: None
+) -> None:
+    blocks = [block for block in blocks_of(ROOT / name) if block.runs]
+    assert blocks, f"{name} has no Python block that runs"
+    for hub_name in dict.fromkeys(found for block in blocks for found in HUB_NAME.findall(block.code)):
+        stand_in(hub_name)
+    monkeypatch.chdir(tmp_path)
+    licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
+    (tmp_path / "corpus.txt").write_text(licence * 3, encoding="utf-8")
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks:
+        # The empty lines give a traceback the line of the Markdown file.
+        exec(compile("\n" * (block.line - 1) + block.code, ROOT / name, "exec"), namespace)
+
+
+@pytest.fixture
+def fresh_registries() -> Iterator[None]:
+    """What a snippet registers is forgotten after it: the laws are run over every registered mixer."""
+    from lizardzoo.adapters import ADAPTERS
+    from lizardzoo.config import MIXERS, PRESETS
+
+    registries = (MIXERS, PRESETS, ADAPTERS)
+    before = [set(registry.names()) for registry in registries]
+    yield
+    for registry, names in zip(registries, before, strict=True):
+        for name in set(registry.names()) - names:
+            registry.remove(name)
+
+
+def test_every_public_name_exists_and_is_documented() -> None:
+    """A dataclass without a docstring would get its signature as one; `inspect.getdoc` would take its base's."""
+    assert lz.__all__
+    assert len(set(lz.__all__)) == len(lz.__all__)
+    for name in lz.__all__:
+        thing = getattr(lz, name)
+        if inspect.isclass(thing) or callable(thing):
+            text = thing.__doc__ or ""
+            assert text.strip(), f"lizardzoo.{name} has no docstring"
+            assert not text.startswith(f"{name}("), f"lizardzoo.{name} has no docstring of its own"
+
+
+def test_the_changelog_is_about_this_version() -> None:
+    pyproject = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    version = re.search(r'^version = "(.+)"', pyproject, re.MULTILINE)
+    newest = re.search(r"^## \[?(\d[^\s\]]*)", changelog, re.MULTILINE)
+    assert version
+    assert newest
+    assert newest[1] == version[1] == lz.__version__
