@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from lizardzoo.adapters import ADAPTERS, Adapter, is_new_parameter, softmax_mode
 from lizardzoo.config import SpecLike, resolve_layers
 from lizardzoo.errors import LizardzooError
 
-CALIBRATION_LENGTH = 1024
+CALIBRATION_LENGTH = 2048
 CALIBRATION_TOKENS = 4096
 
 
@@ -71,7 +72,9 @@ def linearize(
         calibrate = _tokenize(calibrate, tokenizer, source)
 
     config = _convert_config(model.config, adapter, [spec.to_dict() for spec in specs])
-    student = adapter.model_class._from_config(config, dtype=dtype or model.dtype).to(model.device)
+    with no_init_weights():  # mixers have their start values; all else is copied
+        student = adapter.model_class._from_config(config, dtype=dtype or model.dtype).to(model.device)
+    student.tie_weights()
     student.conversion_report = _copy_weights(model, student)
     student.generation_config = copy.deepcopy(model.generation_config)
     student.eval()

@@ -1,9 +1,9 @@
 """The documentation is run: every Python block of README and CONTRIBUTING, in order, one namespace per file.
 
-A block that cannot run here says why on the line above it: `<!-- not run: needs a Hub account -->`. Blocks run
-in a folder of their own that holds `corpus.txt`, a text of some 5,000 words. A quoted Hub name such as
-"HuggingFaceTB/SmolLM2-135M-Instruct" stands for a tiny random Llama, and "me/..." for a linearized one: both lie
-in the Hub's local cache, so that the code under test takes its usual way.
+A block that cannot run here says why on the line above it: `<!-- not run: needs a Hub account -->`. Blocks
+run in a folder of their own that holds `corpus.txt`, a text of some 5,000 words. A quoted Hub name such as
+"HuggingFaceTB/SmolLM2-135M-Instruct" stands for a tiny random Llama, and "me/..." for a linearized one: both
+lie in the Hub's local cache, so that the code under test takes its usual way.
 """
 
 import inspect
@@ -87,8 +87,9 @@ def fresh_registries() -> Iterator[None]:
     """What a snippet registers is forgotten after it: the laws are run over every registered mixer."""
     from lizardzoo.adapters import ADAPTERS
     from lizardzoo.config import MIXERS, PRESETS
+    from lizardzoo.registry import Registry
 
-    registries = (MIXERS, PRESETS, ADAPTERS)
+    registries: tuple[Registry[Any], ...] = (MIXERS, PRESETS, ADAPTERS)
     before = [set(registry.names()) for registry in registries]
     yield
     for registry, names in zip(registries, before, strict=True):
@@ -97,7 +98,7 @@ def fresh_registries() -> Iterator[None]:
 
 
 def test_every_public_name_exists_and_is_documented() -> None:
-    """A dataclass without a docstring would get its signature as one; `inspect.getdoc` would take its base's."""
+    """A dataclass without a docstring has its signature for one; `inspect.getdoc` would take its base's."""
     assert lz.__all__
     assert len(set(lz.__all__)) == len(lz.__all__)
     for name in lz.__all__:

@@ -73,6 +73,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "datasets": {"distill", "evaluate"},
     "matplotlib": {"distill", "evaluate", "diagnose"},
     "lm_eval": {"evaluate"},
+    "tqdm": {"distill"},
     "typer": {"cli"},
     "rich": {"cli", "distill", "evaluate", "diagnose"},
     "hypothesis": {"testing"},
@@ -130,7 +131,7 @@ def imports_of(path: Path) -> Iterator[Import]:
             assert isinstance(name, ast.Constant), f"{path}:{node.lineno} imports by a computed name"
             targets = [str(name.value)]
         for target in dict.fromkeys(targets):
-            yield Import(target, f"{path.relative_to(PACKAGE.parent)}:{node.lineno}")
+            yield Import(target, f"{path.relative_to(PACKAGE.parent)}:{getattr(node, 'lineno', 0)}")
 
 
 def inner_imports(path: Path) -> list[tuple[list[str], str]]:

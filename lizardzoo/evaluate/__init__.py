@@ -8,8 +8,8 @@
     rich.print(report.table(), report.memory_table())
     report.plot("by_position.png")
 
-Judge by KL to the teacher beyond the window: perplexity alone also rewards leaving the teacher for the training
-text, and inside the window a hybrid is the teacher by construction.
+Judge by KL to the teacher beyond the window: perplexity alone also rewards leaving the teacher for the
+training text, and inside the window a hybrid is the teacher by construction.
 """
 
 from lizardzoo.evaluate.ablation import without

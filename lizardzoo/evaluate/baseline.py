@@ -38,7 +38,8 @@ def state_matched_window(model: PreTrainedModel, keep: int = 4) -> int:
     wanted = state_bytes(model)
     if wanted < window_bytes(1):
         raise LizardzooError(
-            f"the model's state has {wanted:,} bytes, less than a window of 1 with {keep} kept tokens; pass a smaller keep"
+            f"the model's state has {wanted:,} bytes, less than a window of 1 with {keep} kept tokens; "
+            f"pass a smaller keep"
         )
     low, high = 1, MAX_SIZE  # bytes(low) <= wanted < bytes(high)
     while high - low > 1:

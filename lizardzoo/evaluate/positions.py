@@ -1,8 +1,8 @@
 """Perplexity and KL to the teacher by position.
 
-The position is that of the token that predicts: at position i a model has seen i + 1 tokens and is asked for the next
-one. So positions below the window are those where a windowed model has seen all there was. A sequence of T tokens has
-T - 1 predictions; the last token predicts nothing that could be checked.
+The position is that of the token that predicts: at position i a model has seen i + 1 tokens and is asked for
+the next one. So positions below the window are those where a windowed model has seen all there was. A
+sequence of T tokens has T - 1 predictions; the last token predicts nothing that could be checked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from lizardzoo.evaluate.ablation import mixers_of
 EDGES = (512, 1024, 2048)
 DEFAULT_WINDOW = 128
 CURVE_POINTS = 64
-LOGITS_AT_ONCE = 1 << 23  # 32 MB of fp32: 2,048 x 49,152 logits would be 400 MB for every tensor of the formula
+LOGITS_AT_ONCE = (
+    1 << 23
+)  # 32 MB of fp32: 2,048 x 49,152 logits would be 400 MB for every tensor of the formula
 
 Progress = Callable[[int, int], None]
 
@@ -32,8 +34,8 @@ Progress = Callable[[int, int], None]
 class Bucket:
     """The predictions made at positions start .. stop - 1, over all sequences.
 
-    perplexity = exp(mean negative log-likelihood); kl = mean KL(teacher || model) in nats per token, None without a
-    teacher.
+    perplexity = exp(mean negative log-likelihood); kl = mean KL(teacher || model) in nats per token, None
+    without a teacher.
     """
 
     start: int
@@ -50,7 +52,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class ByPosition:
-    """One model on one text: `buckets` partition the predictions, `overall` is all of them, `curve` a finer cut."""
+    """One model on one text: `buckets` partition the predictions, `overall` is all, `curve` a finer cut."""
 
     buckets: list[Bucket]
     overall: Bucket
@@ -78,12 +80,13 @@ def by_position(
         sequences: [N, T] token ids, as `lizardzoo.evaluate.sequences` makes them; no padding.
         teacher: the model that KL is measured from; None measures perplexity alone.
         buckets: where a new bucket begins, e.g. (128, 512); by default the window, then 512, 1024 and 2048.
-        window: the first edge of the default buckets; by default the model's narrowest window, or 128 where it has none.
+        window: the first edge of the default buckets; by default the model's narrowest window, or 128 without
+            one.
         batch_size: sequences per forward.
         progress: called with the sequences done and their number.
 
     Raises:
-        LizardzooError: token ids that do not fit the model, edges that do not rise, models of other vocabularies.
+        LizardzooError: token ids that do not fit the model, edges that do not rise, different vocabularies.
     """
     edges = bucket_edges([model], buckets, window)
     (curves,) = measure([Run(model)], sequences, teacher, batch_size, progress)
@@ -141,8 +144,10 @@ def bucket_edges(
     else:
         edges = list(buckets)
     whole = all(isinstance(edge, int) and not isinstance(edge, bool) and edge > 0 for edge in edges)
-    if not whole or any(a >= b for a, b in zip(edges, edges[1:])):
-        raise LizardzooError(f"the edges of position buckets must be rising whole numbers above 0, got {edges}")
+    if not whole or edges != sorted(set(edges)):
+        raise LizardzooError(
+            f"the edges of position buckets must be rising whole numbers above 0, got {edges}"
+        )
     return edges
 
 
@@ -160,8 +165,10 @@ def measure(
     batch_size: int = 1,
     progress: Progress | None = None,
 ) -> list[Curves]:
-    """All runs on the same batches, so that the teacher runs once; per token in fp32, summed up in float64."""
-    models = list({id(m): m for m in [*(run.model for run in runs), *([teacher] if teacher else [])]}.values())
+    """All runs on the same batches, so that the teacher runs once; per token in fp32, summed in float64."""
+    models = list(
+        {id(m): m for m in [*(run.model for run in runs), *([teacher] if teacher else [])]}.values()
+    )
     _check(models, sequences, batch_size)
     count, length = sequences.shape
     nll = [torch.zeros(length - 1, dtype=torch.float64) for _ in runs]
@@ -169,7 +176,7 @@ def measure(
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(_in_eval_mode(model))
-            _check_head(model)
+            _check_head(model, sequences[:1, :8])
         for start in range(0, count, batch_size):
             ids = sequences[start : start + batch_size]
             expected = None if teacher is None else _hidden(Run(teacher), ids)
@@ -223,22 +230,25 @@ def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
 def _check(models: Sequence[PreTrainedModel], sequences: Tensor, batch_size: int) -> None:
     if not isinstance(sequences, Tensor) or sequences.ndim != 2 or sequences.is_floating_point():
         raise LizardzooError(
-            f"sequences are token ids [N, T], got {_describe(sequences)}; make them with lizardzoo.evaluate.sequences"
+            f"sequences are token ids [N, T], got {_describe(sequences)}; "
+            f"make them with lizardzoo.evaluate.sequences"
         )
     if sequences.shape[0] < 1 or sequences.shape[1] < 2:
-        raise LizardzooError(f"sequences must be at least one of at least 2 tokens, got {_describe(sequences)}")
+        raise LizardzooError(
+            f"sequences must be at least one of at least 2 tokens, got {_describe(sequences)}"
+        )
     if batch_size < 1:
         raise LizardzooError(f"batch_size must be at least 1, got {batch_size}")
     sizes = {model.get_output_embeddings().weight.shape[0] for model in models}
     if len(sizes) > 1:
         raise LizardzooError(
-            f"the models have vocabularies of {' and '.join(map(str, sorted(sizes)))} words; only models of one "
-            f"vocabulary can be compared"
+            f"the models have vocabularies of {' and '.join(map(str, sorted(sizes)))} words; "
+            f"only models of one vocabulary can be compared"
         )
     low, high = int(sequences.min()), int(sequences.max())
     if low < 0 or high >= min(sizes):
         raise LizardzooError(
-            f"sequences hold the token ids {low} to {high}, but the models' vocabulary has {min(sizes)} words; "
+            f"sequences hold the token ids {low} to {high}, but the vocabulary has {min(sizes)} words; "
             f"use the models' own tokenizer, and no padding"
         )
 
@@ -247,13 +257,12 @@ def _describe(value: object) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _check_head(model: PreTrainedModel) -> None:
-    """The logits here are lm_head(hidden states). Refuse a family that does more to them (scales or caps them)."""
-    ids = torch.zeros(1, 2, dtype=torch.long)
+def _check_head(model: PreTrainedModel, ids: Tensor) -> None:
+    """The logits here are lm_head(hidden states): refuse a family that then scales or caps them."""
     own = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
     here = model.get_output_embeddings()(_hidden(Run(model), ids)).float()
     if not torch.allclose(own, here, rtol=1e-2, atol=1e-2):
         raise LizardzooError(
-            f"{type(model).__name__} does more to its logits than lm_head(hidden states), which is all that is "
-            f"measured here; compare models of the Llama, Mistral and Qwen kind"
+            f"{type(model).__name__} does more to its logits than lm_head(hidden states), which is all that "
+            f"is measured here; compare models of the Llama, Mistral and Qwen kind"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import os
+import zlib
 from pathlib import Path
 
 import torch
@@ -19,10 +20,10 @@ def sequences(
     length: int = 2048,
     limit: int | None = None,
 ) -> Tensor:
-    """Non-overlapping sequences [N, length] (int64) from the start of a text; an incomplete last one is left out.
+    """Non-overlapping sequences [N, length] (int64) from a text's start; an incomplete last one is left out.
 
-    Where the tokenizer itself puts a beginning-of-text token in front (Llama 3, Mistral), every sequence begins with
-    one, in its length: models trained so are not themselves without it.
+    Where the tokenizer itself puts a beginning-of-text token in front (Llama 3, Mistral), every sequence
+    begins with one, in its length: models trained so are not themselves without it.
 
     Args:
         text_or_path: a file (UTF-8, plain or .gz), or the text itself.
@@ -43,8 +44,8 @@ def sequences(
     count = len(ids) // body
     if count == 0:
         raise LizardzooError(
-            f"{source} has {len(ids)} tokens, fewer than one sequence of {length}; give a longer text or a smaller "
-            f"length"
+            f"{source} has {len(ids)} tokens, fewer than one sequence of {length}; "
+            f"give a longer text or a smaller length"
         )
     count = count if limit is None else min(count, limit)
     rows = torch.tensor(ids[: count * body], dtype=torch.long).view(count, body)
@@ -67,15 +68,24 @@ def _read(text_or_path: str | os.PathLike[str]) -> tuple[str, str]:
     if isinstance(text_or_path, str) and not _names_a_file(text_or_path):
         start = text_or_path[:40] + ("..." if len(text_or_path) > 40 else "")
         return text_or_path, f"the text {start!r} (no file has that name)"
-    path = Path(text_or_path)
+    return read_text(text_or_path), f"the text in {os.fspath(text_or_path)}"
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text in a file, UTF-8, plain or .gz.
+
+    Raises:
+        LizardzooError: the file is missing, not UTF-8, or not a whole gzip file.
+    """
+    path = Path(path)
     if not path.is_file():
         raise LizardzooError(f"there is no text file {str(path)!r}; give the path of a .txt or .txt.gz file")
     try:
         raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8"), f"the text in {path}"
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
     except UnicodeDecodeError as error:
         raise LizardzooError(f"{path} is not UTF-8 text ({error.reason}); convert it first") from error
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise LizardzooError(f"{path} is not a whole gzip file ({error}); pack it again") from error
 
 

@@ -113,6 +113,8 @@ class Mixer(nn.Module):
         branches, state = self.branches(inputs, state, need_state)
         on = {name: branch for name, branch in branches.items() if name not in self.switched_off}
         y = self.merge(on, inputs.x) if on else torch.zeros_like(inputs.q)
+        if inputs.mask is not None:
+            y = torch.where(inputs.mask[..., None, None], y, 0.0)  # x, and so the merge, may be anything there
         return y.to(inputs.q.dtype), state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixer:

@@ -6,17 +6,20 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lizardzoo.config import register_mixer
 from lizardzoo.errors import LizardzooError
-from lizardzoo.kernels import GatedLinearState, WindowState, window_attention
+from lizardzoo.kernels import GatedLinearState, WindowState
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs, start_value
 from lizardzoo.mixers.branches import LinearBranch, LinearFields, WindowBranch, WindowFields
 from lizardzoo.mixers.gates import TokenGate
 from lizardzoo.mixers.merge import Branch, Merge, joint, unnormalized
 
-LOG_SCALE_START = 0.0
+LOG_SCALE_START = -2.0
+"""Where an uncalibrated log-scale starts: low enough for the linear branch to help before it is trained (SmolLM2-135M,
+2,048 tokens of a novel: KL to the teacher 0.131 at -2 and 0.152 at 0, against 0.134 without the branch)."""
 
 
 @register_mixer("hybrid")
@@ -122,40 +125,34 @@ class HybridMixer(Mixer):
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs) -> None:
-        """Start the log-scale so that each head's linear branch has the mass the teacher puts beyond the window.
+        """Start the log-scale where the mixer's output is closest to the teacher's attention, head by head.
 
-        Finds, by bisection, the shift c with mean_i sigmoid(far_i + c - near_i) = mean_i p_i, where p_i is the teacher's
-        attention beyond the window, over the positions that have anything there.
+        One number per head, searched on a grid: the branches themselves do not change with it. Giving the linear branch
+        the very mass that the teacher puts beyond the window is NOT the best start: untrained features spread that mass
+        almost evenly, and too much of an average hurts more than too little of it.
         """
         spec = self.spec
         if self.log_scale is None or not spec.disjoint:
             return
+        q, k = (x.transpose(1, 2) for x in inputs.rotated())
+        teacher = F.scaled_dot_product_attention(
+            q, k, inputs.v.transpose(1, 2), is_causal=True, enable_gqa=True, scale=self.shape.scale
+        ).transpose(1, 2)
         branches, _ = self.branches(inputs, None, False)
-        near, far = branches["window"].log_mass, branches["linear"].log_mass
-        q, k = inputs.rotated()
-        _, total, _ = window_attention(
-            q, k, inputs.v, window=q.shape[1], scale=self.shape.scale, mask=inputs.mask, starts=inputs.starts,
-            return_state=False, impl=self.impl,
-        )  # fmt: skip
-        _, seen, _ = window_attention(
-            q, k, inputs.v, window=spec.window, keep=spec.keep, scale=self.shape.scale, mask=inputs.mask,
-            starts=inputs.starts, return_state=False, impl=self.impl,
-        )  # fmt: skip
-        count = torch.isfinite(far)
-        if not count.any():
+        near, far = branches["window"], branches["linear"]
+        sees_far = torch.isfinite(far.log_mass)
+        if not sees_far.any():
             raise LizardzooError(
                 f"the calibration text has no sequence longer than window + keep = {spec.window + spec.keep} tokens; "
                 f"give a longer text, or none"
             )
-        zero = torch.zeros_like(far)
-        share = torch.where(count, 1 - (seen - total).exp(), zero).clamp(0, 1)
-        margin = torch.where(count, far - near, zero).float()
-        number = count.sum((0, 1)).clamp(min=1)
-        target = share.sum((0, 1)) / number
-        low, high = torch.full_like(target, -40.0), torch.full_like(target, 40.0)
-        for _ in range(60):
-            middle = (low + high) / 2
-            mean = torch.where(count, (margin + middle).sigmoid(), zero).sum((0, 1)) / number
-            low, high = torch.where(mean < target, middle, low), torch.where(mean < target, high, middle)
-        # A head that never looks beyond the window would be sent to -40, where nothing can be learned any more.
-        self.log_scale.bias += ((low + high) / 2).clamp(-12, 12).to(self.log_scale.bias.dtype)
+        margin = torch.where(sees_far, far.log_mass - near.log_mass, float("-inf"))
+        step, error = (far.y - near.y).float(), (near.y - teacher).float()
+        # |near + p (far - near) - teacher|^2 as a polynomial in the linear branch's share p of the output
+        square, cross = step.square().sum(-1), 2 * (step * error).sum(-1)
+        shifts = torch.arange(-10.0, 10.25, 0.25, device=margin.device)
+        errors = []
+        for shift in shifts:
+            share = (margin + shift).sigmoid().float()
+            errors.append((square * share.square() + cross * share).sum((0, 1)))
+        self.log_scale.bias += shifts[torch.stack(errors).argmin(0)].to(self.log_scale.bias)

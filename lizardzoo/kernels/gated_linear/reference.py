@@ -86,9 +86,11 @@ def chunked(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts,
     peak_q, peak_k = _finite(log_q.detach().amax(-1)), _finite(log_k.detach().amax(-1))
     read = decay.masked_fill((document != previous[..., None])[:, :, None], NEG_INF)
     read = read[:, :, :, None, :, None] + (log_q - peak_q[..., None]) + old_scale[:, :, :, None, None]
-    phi_q, phi_k = (log_q - peak_q[..., None]).exp(), (log_k - peak_k[..., None]).exp()
+    phi_q, phi_k = log_q - peak_q[..., None], log_k - peak_k[..., None]
     if feature_map is None or feature_map.activation == "exp":
-        phi_q, phi_k = phi_q.double(), phi_k.double()  # e^(4 * 80) between the largest and the smallest product
+        # With logits of +-80 the largest and the smallest product are e^320 apart; so are the gradients of their factors.
+        phi_q, phi_k = phi_q.double(), phi_k.double()
+    phi_q, phi_k = phi_q.exp(), phi_k.exp()
     product = (phi_q.flatten(3, 4) @ phi_k.transpose(-1, -2)).unflatten(3, log_q.shape[3:5])  # [B, N, Hs, G, C, C]
     nothing = product == 0
     score = torch.where(nothing, NEG_INF, torch.where(nothing, 1.0, product).log()).to(dtype)

@@ -111,16 +111,14 @@ def _softmax(scores: Tensor, sinks: Tensor | None, kv_heads: int, groups: int) -
     The maximum is taken over scores and sinks, else a large sink overflows.
     """
     peak = scores.detach().amax(-1)
-    sink = None
     if sinks is not None:
-        # m logits act as one of their logsumexp
-        sink = sinks.to(scores.dtype).logsumexp(-1).expand(kv_heads * groups).view(kv_heads, groups, 1)
-        peak = torch.maximum(peak, sink.detach())
+        sinks = sinks.to(scores.dtype).expand(kv_heads * groups, -1).view(kv_heads, groups, 1, -1)
+        peak = torch.maximum(peak, sinks.detach().amax(-1))
     peak = torch.where(peak == NEG_INF, 0.0, peak)
     weights = (scores - peak[..., None]).exp()
     mass = weights.sum(-1)
-    if sink is not None:
-        mass = mass + (sink - peak).exp()
+    if sinks is not None:
+        mass = mass + (sinks - peak[..., None]).exp().sum(-1)
     empty = mass == 0
     safe = torch.where(empty, 1.0, mass)
     log_mass = torch.where(empty, NEG_INF, safe.log() + peak)

@@ -1,7 +1,7 @@
-"""What tests and plug-in authors share: float64 oracles, hypothesis strategies and the laws every mixer must obey.
+"""Float64 oracles: literal loops over queries and keys, straight from the equations.
 
-The oracles are literal loops over queries and keys, straight from the equations, with no trick in common with the
-kernels: slow, and right by inspection. They take whole sequences only; states are tested by splitting.
+They have no trick in common with the kernels: slow, and right by inspection. They take whole sequences only; states are
+tested by splitting a sequence.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _attend(q, v, seen, scores, sinks):  # type: ignore[no-untyped-def]
                 if seen[b][i]:
                     logits = scores(b, h, i, seen[b][i])
                 total = logits
-                if sinks is not None and (seen[b][i]):
+                if sinks is not None and seen[b][i]:
                     total = torch.cat([logits, sinks[h].to(q)])
                 if total.numel() == 0:
                     ys.append(y)

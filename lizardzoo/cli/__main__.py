@@ -1,0 +1,5 @@
+"""`python -m lizardzoo.cli`, where no script is installed."""
+
+from lizardzoo.cli import app
+
+app()

@@ -1,0 +1,164 @@
+"""`list` and `info`: what there is, and what a model is made of. Neither reads any weights."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from enum import Enum
+from types import SimpleNamespace
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.markup import escape
+from rich.table import Table
+from transformers import AutoModelForCausalLM
+
+from lizardzoo.adapters import ADAPTERS, is_new_parameter
+from lizardzoo.cache import kv_bytes, state_bytes
+from lizardzoo.cli.base import app, out
+from lizardzoo.cli.models import is_linearized, layer_map, load_config
+from lizardzoo.config import MIXERS, PRESETS, MixerSpec
+from lizardzoo.distill.recipe import RECIPES
+from lizardzoo.evaluate.ablation import mixers_of
+from lizardzoo.evaluate.report import LENGTHS, human_bytes
+from lizardzoo.mixers.softmax import Softmax
+
+
+class Kind(str, Enum):
+    """What `list` can be narrowed to."""
+
+    presets = "presets"
+    mixers = "mixers"
+    architectures = "architectures"
+    recipes = "recipes"
+
+
+@app.command("list")
+def list_(what: Annotated[Kind | None, typer.Argument(help="Show only these.")] = None) -> None:
+    """List presets, mixers with their fields, architectures and recipes.
+
+    A preset is a name for --layers; a mixer and its fields are what a layers
+    file is made of.
+    """
+    tables = {
+        Kind.presets: _presets,
+        Kind.mixers: _mixers,
+        Kind.architectures: _architectures,
+        Kind.recipes: _recipes,
+    }
+    for kind, table in tables.items():
+        if what in (None, kind):
+            out.print(table())
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _presets() -> Table:
+    table = _table("presets: names for --layers", "preset", "mixer", "what differs from the mixer's defaults")
+    for name in PRESETS:
+        spec = PRESETS.get(name)
+        table.add_row(name, spec.type_name, escape(", ".join(_changed_fields(spec))))
+    return table
+
+
+def _changed_fields(spec: MixerSpec) -> list[str]:
+    fields = dataclasses.fields(spec)
+    return [f"{f.name}={getattr(spec, f.name)!r}" for f in fields if getattr(spec, f.name) != f.default]
+
+
+def _mixers() -> Table:
+    table = _table(
+        "mixers: the types of a layers file, and their fields' defaults", "mixer", "field", "default", "type"
+    )
+    for name in MIXERS:
+        fields = dataclasses.fields(MIXERS.get(name))
+        for index, field in enumerate(fields):
+            default = "(required)" if field.default is dataclasses.MISSING else repr(field.default)
+            table.add_row(name if index == 0 else "", field.name, escape(default), escape(str(field.type)))
+        if not fields:
+            table.add_row(name, "", "", "")
+        table.add_section()
+    return table
+
+
+def _architectures() -> Table:
+    table = _table("architectures: model types that can be linearized", "teacher", "linearized")
+    for name in ADAPTERS:
+        table.add_row(name, ADAPTERS.get(name).model_class.__name__)
+    return table
+
+
+def _recipes() -> Table:
+    table = _table("recipes: names for --recipe", "recipe", "stage", "length", "sequences", "loss")
+    for name, recipe in sorted(RECIPES.items()):
+        for label, stage in (("transfer", recipe.transfer), ("finetune", recipe.finetune)):
+            amount = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs:g} epochs"
+            loss = "layer error"
+            if stage is recipe.finetune:
+                parts = {
+                    "cross-entropy": recipe.finetune.ce_weight,
+                    "KL to the teacher": recipe.finetune.kl_weight,
+                }
+                loss = " + ".join(f"{weight:g} {part}" for part, weight in parts.items() if weight)
+            amount = f"{amount} of {stage.batch_size}"
+            table.add_row(
+                name if label == "transfer" else "", label, str(stage.sequence_length), amount, loss
+            )
+        table.add_section()
+    return table
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id, linearized or not.")],
+) -> None:
+    """Show a model's layer map, its new and kept parameters, and the memory of one sequence.
+
+    \b
+      lizardzoo info student
+    """
+    config = load_config(model)
+    specs = config.specs if is_linearized(config) else [Softmax()] * config.num_hidden_layers
+    with torch.device("meta"):  # shapes alone: a 70B model is told of in a second
+        empty = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    out.print(
+        f"[bold]{escape(model)}[/]  {config.model_type}, {str(empty.dtype).removeprefix('torch.')}",
+        highlight=False,
+    )
+    layers = _table("layers", "layer", "mixer")
+    for index, text in layer_map(specs):
+        layers.add_row(index, escape(text))
+    out.print(layers)
+    out.print(_parameters(empty))
+    out.print(_memory(empty))
+
+
+def _parameters(model: Any) -> Table:
+    sizes: dict[bool, list[int]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        sizes[is_new_parameter(name)].append(parameter.numel())
+    table = _table("parameters", "", "tensors", "numbers")
+    for label, new in (("new (mixers, fp32)", True), ("kept (the teacher's)", False)):
+        table.add_row(label, f"{len(sizes[new]):,}", f"{sum(sizes[new]):,}")
+    return table
+
+
+def _memory(model: Any) -> Table:
+    """States do not grow with the length; the cache of kept softmax layers, and of the teacher, does."""
+    table = _table(
+        "memory of one sequence", "tokens", "states", "cache of softmax layers", "all", "teacher's cache"
+    )
+    teacher = SimpleNamespace(config=copy.deepcopy(model.config), dtype=model.dtype)
+    teacher.config.layers = [Softmax().to_dict()] * model.config.num_hidden_layers
+    states = state_bytes(model) if mixers_of(model) else 0
+    for length in LENGTHS:
+        cache = kv_bytes(model, length)
+        sizes = (states, cache, states + cache, kv_bytes(teacher, length))
+        table.add_row(f"{length:,}", *map(human_bytes, sizes))
+    return table

@@ -1,0 +1,230 @@
+"""The laws that every mixer obeys, as functions of a mixer: registering one is what gets it tested.
+
+`check_mixer(spec_class)` runs them all on specs drawn from the class's own fields; plug-in authors call it in a test.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lizardzoo.cache import map_state, state_tensors
+from lizardzoo.config import MixerSpec, spec_from_dict
+from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
+from lizardzoo.testing.strategies import SHAPES, TokenFlags, mixer_inputs, specs, token_flags
+
+TOLERANCE = 1e-9  # float64: far above rounding, far below any mistake
+Law = Callable[[st.DataObject, MixerSpec, AttentionShape, int], None]
+LAWS: dict[str, Law] = {}
+
+
+def law(check: Law) -> Law:
+    """Register a law under its function's name."""
+    LAWS[check.__name__] = check
+    return check
+
+
+def check_mixer(spec_class: type[MixerSpec], examples: int = 40) -> None:
+    """Run every law on `examples` drawn specs, shapes and inputs; the first broken one raises with the case that breaks it."""
+    for check in LAWS.values():
+        check_law(check, spec_class, examples)
+
+
+def check_law(check: Law, spec_class: type[MixerSpec], examples: int = 40) -> None:
+    """Run one law."""
+
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(st.data(), specs(spec_class), st.sampled_from(SHAPES), st.integers(0, 2**16))
+    def run(data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int) -> None:
+        check(data, spec, shape, seed)
+
+    run()
+
+
+def random_mixer(spec: MixerSpec, shape: AttentionShape, seed: int) -> Mixer:
+    """A float64 mixer with random parameters, so that no gate is constant and no map is the identity."""
+    mixer: Mixer = spec.build(shape).double()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return mixer
+
+
+def assert_close(actual: Tensor, expected: Tensor, what: str) -> None:
+    """Equal up to rounding relative to the largest entry, and finite."""
+    assert torch.isfinite(actual).all(), f"{what}: not finite"
+    worst = (actual - expected).abs().max().item() if actual.numel() else 0.0
+    bound = TOLERANCE * max(1.0, expected.abs().max().item() if expected.numel() else 0.0)
+    assert worst <= bound, f"{what}: differs by {worst:.2e}"
+
+
+def _run(mixer: Mixer, inputs: MixerInputs, splits: list[int]) -> tuple[Tensor, Any]:
+    """The outputs of consecutive pieces, state handed on from the empty one."""
+    state = mixer.init_state(inputs.q.shape[0], torch.float64, "cpu")
+    edges = [0, *splits, inputs.q.shape[1]]
+    outputs = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        if end > start:
+            y, state = mixer(inputs.tokens(start, end), state, need_state=True)
+            outputs.append(y)
+    return torch.cat(outputs, 1), state
+
+
+@law
+def splitting_a_sequence_changes_nothing(
+    data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int
+) -> None:
+    """Any split, down to single steps, equals the whole; the final state does too, and so do padded and packed tokens."""
+    batch, length = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 14))
+    inputs = mixer_inputs(shape, batch, length, seed, data.draw(token_flags(batch, length)))
+    mixer = random_mixer(spec, shape, seed)
+    whole, _ = mixer(inputs)
+    splits = sorted(data.draw(st.sets(st.integers(1, length))))
+    pieces, state = _run(mixer, inputs, splits)
+    assert_close(pieces, whole, f"pieces {splits}")
+    steps, stepped = _run(mixer, inputs, list(range(1, length)))
+    assert_close(steps, whole, "single steps")
+    after = mixer_inputs(shape, batch, 3, seed + 1, TokenFlags(None, None))
+    assert_close(mixer(after, state)[0], mixer(after, stepped)[0], "going on from either state")
+
+
+@law
+def the_future_changes_nothing(data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int) -> None:
+    """Outputs up to t do not depend on what comes behind t."""
+    length = data.draw(st.integers(2, 12))
+    t = data.draw(st.integers(1, length - 1))
+    flags = TokenFlags(None, None)
+    inputs, other = (mixer_inputs(shape, 1, length, seed + i, flags) for i in range(2))
+    mixed = MixerInputs(*(None if a is None else torch.cat([a[:, :t], b[:, t:]], 1) for a, b in zip(inputs, other, strict=True)))  # type: ignore[arg-type]
+    mixer = random_mixer(spec, shape, seed)
+    assert_close(mixer(mixed)[0][:, :t], mixer(inputs)[0][:, :t], "outputs before the change")
+
+
+@law
+def a_padded_batch_equals_its_rows_alone(
+    data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int
+) -> None:
+    """Padding anywhere, filled with NaN, changes no real token's output; a padded token's output is zero."""
+    length = data.draw(st.integers(1, 12))
+    flags = data.draw(token_flags(2, length, documents=False, always_padded=True))
+    mask = flags.mask
+    assert mask is not None
+    inputs = mixer_inputs(shape, 2, length, seed, flags)
+    hole = ~mask
+    poisoned = inputs._replace(**{n: getattr(inputs, n).clone() for n in ("q", "k", "v", "x")})
+    for name in ("q", "k", "v", "x"):
+        getattr(poisoned, name)[hole] = float("nan")
+    mixer = random_mixer(spec, shape, seed)
+    padded, _ = mixer(poisoned)
+    assert (padded[hole] == 0).all(), "a padded token's output is not zero"
+    for row in range(2):
+        real = mask[row]
+        if real.any():
+            alone = MixerInputs(*(None if x is None else x[row : row + 1, real] for x in inputs[:6]))  # type: ignore[arg-type]
+            assert_close(padded[row : row + 1, real], mixer(alone)[0], f"row {row}")
+
+
+@law
+def packed_documents_equal_documents_alone(
+    data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int
+) -> None:
+    """A restart resets state and window."""
+    lengths = data.draw(st.lists(st.integers(1, 7), min_size=2, max_size=3))
+    total = sum(lengths)
+    starts = torch.zeros(1, total, dtype=torch.bool)
+    edges = [0]
+    for length in lengths:
+        starts[0, edges[-1]] = True
+        edges.append(edges[-1] + length)
+    inputs = mixer_inputs(shape, 1, total, seed, TokenFlags(None, starts))
+    mixer = random_mixer(spec, shape, seed)
+    packed, _ = mixer(inputs)
+    for start, end in zip(edges, edges[1:], strict=False):
+        alone = inputs.tokens(start, end)._replace(starts=None)
+        assert_close(packed[:, start:end], mixer(alone)[0], f"document {start}..{end}")
+
+
+@law
+def the_state_does_not_grow(data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int) -> None:
+    """Same shapes and dtypes after one token and after many, and as `init_state` promises."""
+    mixer = random_mixer(spec, shape, seed)
+    inputs = mixer_inputs(shape, 2, 50, seed, TokenFlags(None, None))
+    layouts = []
+    for length in (0, 1, 50):
+        state = mixer.init_state(2, torch.float64, "cpu")
+        if length:
+            _, state = mixer(inputs.tokens(0, length), state, need_state=True)
+        layouts.append([(x.shape, x.dtype) for x in state_tensors(state)])
+    assert layouts[0] == layouts[1] == layouts[2], "the state's layout depends on the length"
+
+
+@law
+def rows_of_a_batch_are_independent(data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int) -> None:
+    """Reordered rows of inputs and state give reordered outputs (beam search)."""
+    order = torch.tensor(data.draw(st.lists(st.integers(0, 2), min_size=3, max_size=3)))
+    inputs = mixer_inputs(shape, 3, 9, seed, data.draw(token_flags(3, 9, documents=False)))
+    mixer = random_mixer(spec, shape, seed)
+    first, state = mixer(inputs.tokens(0, 6), mixer.init_state(3, torch.float64, "cpu"), need_state=True)
+    rest = inputs.tokens(6, 9)
+    moved = MixerInputs(*(None if x is None else x[order] for x in rest))  # type: ignore[arg-type]
+    reordered = map_state(lambda x: x.index_select(0, order), state)
+    assert_close(mixer(moved, reordered)[0], mixer(rest, state)[0][order], "rows")
+
+
+@law
+def every_parameter_learns(data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int) -> None:
+    """Gradients reach every parameter and are finite, padded rows and empty branches included."""
+    length = data.draw(st.integers(1, 12))
+    flags = data.draw(token_flags(2, length))
+    inputs = mixer_inputs(shape, 2, length, seed, flags)
+    mixer = random_mixer(spec, shape, seed)
+    q, k, v = (x.requires_grad_() for x in inputs[:3])
+    mixer(inputs)[0].square().sum().backward()
+    for name, parameter in mixer.named_parameters():
+        assert parameter.grad is not None, f"no gradient reaches {name}"
+        assert torch.isfinite(parameter.grad).all(), f"the gradient of {name} is not finite"
+    assert all(x.grad is not None and torch.isfinite(x.grad).all() for x in (q, k, v))
+
+
+@law
+def parameters_stay_in_fp32(data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int) -> None:
+    """Casting the module to a narrow dtype leaves its parameters, to the bit; inputs in bf16 give outputs in bf16."""
+    mixer: Mixer = spec.build(shape)
+    before = {name: p.detach().clone() for name, p in mixer.named_parameters()}
+    mixer = mixer.to(torch.bfloat16).half()
+    for name, parameter in mixer.named_parameters():
+        assert parameter.dtype == torch.float32, f"{name} became {parameter.dtype}"
+        assert torch.equal(parameter, before[name]), f"{name} changed its value"
+    inputs = mixer_inputs(shape, 1, 5, seed, TokenFlags(None, None))
+    narrow = MixerInputs(*(None if x is None else x.to(torch.bfloat16) for x in inputs))  # type: ignore[arg-type]
+    y, _ = mixer(narrow)
+    assert y.dtype == torch.bfloat16 and torch.isfinite(y).all()
+
+
+@law
+def switching_all_branches_off_gives_nothing(
+    data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int
+) -> None:
+    """`switched_off` takes a branch out of the output and leaves the state alone."""
+    mixer = random_mixer(spec, shape, seed)
+    inputs = mixer_inputs(shape, 1, 9, seed, TokenFlags(None, None))
+    _, state = mixer(inputs, mixer.init_state(1, torch.float64, "cpu"), need_state=True)
+    mixer.switched_off = set(mixer.branch_names)
+    y, silent = mixer(inputs, mixer.init_state(1, torch.float64, "cpu"), need_state=True)
+    assert mixer.branch_names and (y == 0).all()
+    for a, b in zip(state_tensors(state), state_tensors(silent), strict=True):
+        assert torch.equal(a, b), "the state depends on what is switched off"
+
+
+@law
+def a_spec_round_trips(data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int) -> None:
+    """Through JSON and back, exactly."""
+    import json
+
+    assert spec_from_dict(json.loads(json.dumps(spec.to_dict()))) == spec

@@ -1,0 +1,57 @@
+"""What both kernels' tests share: comparing outputs and gradients with an oracle's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+
+def error(actual: Tensor, expected: Tensor, scale: float = 0.0) -> float:
+    """Relative error; entries of -inf must agree. `scale` is a floor for the norm it is relative to."""
+    infinite = torch.isinf(expected)
+    assert torch.equal(torch.isinf(actual), infinite), "one is -inf where the other is not"
+    difference = (actual - expected).masked_fill(infinite, 0.0)
+    norm = max(expected.masked_fill(infinite, 0.0).norm().item(), scale, 1e-300)
+    return difference.norm().item() / norm
+
+
+def gradients(y: Tensor, log_mass: Tensor, inputs: Sequence[Tensor], seed: int) -> list[Tensor]:
+    """Gradients of a random function of both outputs; -inf entries of log_mass take no part."""
+    generator = torch.Generator().manual_seed(seed)
+    loss = (y * torch.randn(y.shape, generator=generator).to(y)).sum()
+    finite = torch.isfinite(log_mass)
+    loss = loss + (log_mass.masked_fill(~finite, 0.0) * torch.randn(log_mass.shape, generator=generator).to(y)).sum()
+    if not loss.requires_grad:
+        return [torch.zeros_like(x) for x in inputs]
+    found = torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(x) if g is None else g for g, x in zip(found, inputs, strict=True)]
+
+
+def assert_same(
+    actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], inputs: Sequence[Tensor], tolerance: float, seed: int = 0
+) -> None:
+    """Outputs and all gradients agree; a gradient's error is relative to the largest of them (saturated ones cancel to 0)."""
+    for a, b in zip(actual, expected, strict=True):
+        assert error(a, b) <= tolerance
+    ours, theirs = gradients(*actual, inputs, seed), gradients(*expected, inputs, seed)
+    scale = max(g.norm().item() for g in theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.isfinite(a).all()
+        assert error(a, b, scale) <= tolerance
+
+
+def saved_bytes(run: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps for the backward of `run`."""
+    storages: dict[int, int] = {}
+    held = []
+
+    def pack(x: Tensor) -> Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        held.append(x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        run()
+    return sum(storages.values())
