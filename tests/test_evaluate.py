@@ -136,9 +136,7 @@ def test_a_model_in_training_stays_in_training(student, text):
 
 def test_progress_counts_the_sequences(tiny_llama, text):
     calls = []
-    evaluate.by_position(
-        tiny_llama, text, batch_size=2, progress=lambda done, total: calls.append((done, total))
-    )
+    evaluate.by_position(tiny_llama, text, batch_size=2, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(2, 3), (3, 3)]
 
 
@@ -239,9 +237,7 @@ def test_the_matched_window_has_the_students_bytes(tiny_llama, dtype, keep):
     bare = lz.Window(window=window, keep=keep)
     assert matched == [bare, lz.Softmax(), bare]
     baseline = lz.linearize(tiny_llama, matched, dtype=dtype)
-    a_token = 2 * (
-        2 * 2 * 16 * dtype.itemsize + 1
-    )  # keys and values of 2 heads of 16 and a mask bit, in 2 layers
+    a_token = 2 * (2 * 2 * 16 * dtype.itemsize + 1)  # keys and values of 2 heads of 16 and a mask bit, in 2 layers
     assert abs(state_bytes(baseline) - state_bytes(student)) < a_token
     assert window > 32
 
@@ -283,9 +279,7 @@ def test_ablation_of_all_models_leaves_the_teacher_alone(student, tiny_llama, te
 
 
 def test_bytes_are_those_that_a_cache_holds(student, tiny_llama):
-    report = evaluate.compare(
-        {"student": student}, tiny_llama, torch.ones(1, 4, dtype=torch.long), lengths=(64, 128)
-    )
+    report = evaluate.compare({"student": student}, tiny_llama, torch.ones(1, 4, dtype=torch.long), lengths=(64, 128))
     ids = torch.randint(0, 300, (1, 64))
     for name, model in (("teacher", tiny_llama), ("student", student)):
         with torch.no_grad():
@@ -385,9 +379,7 @@ def test_a_length_that_is_none_is_refused(tiny_tokenizer, length):
 
 
 def test_a_text_that_does_not_fit_gets_one_sentence(tiny_tokenizer, tmp_path):
-    with pytest.raises(
-        LizardzooError, match=r"'wiki.txt' \(no file has that name\).*fewer than one sequence of 64"
-    ):
+    with pytest.raises(LizardzooError, match=r"'wiki.txt' \(no file has that name\).*fewer than one sequence of 64"):
         evaluate.sequences("wiki.txt", tiny_tokenizer, 64)
     with pytest.raises(LizardzooError, match="there is no text file"):
         evaluate.sequences(tmp_path / "wiki.txt", tiny_tokenizer, 64)

@@ -207,9 +207,7 @@ def test_files_are_short_enough_to_be_read_whole(path: Path) -> None:
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     """Run code in a fresh interpreter, from the repository's root."""
-    return subprocess.run(
-        [sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True, check=False)
 
 
 def test_the_package_imports_and_runs_without_its_optional_dependencies() -> None:

@@ -18,7 +18,7 @@ from transformers import Cache
 
 from lizardzoo import mixers as _builtin_mixers  # noqa: F401  registers the mixers that a config.json may name
 from lizardzoo.cache import MIXER_LAYER_TYPE, MixerCacheLayer
-from lizardzoo.config import MixerSpec, resolve_layers, spec_from_dict
+from lizardzoo.config import MixerSpec, resolve_layers
 from lizardzoo.errors import LizardzooError
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
 from lizardzoo.registry import Registry
@@ -27,7 +27,7 @@ from lizardzoo.registry import Registry
 class Adapter:
     """The classes of one family: `model_type` of the teacher, its linearized config and causal LM."""
 
-    def __init__(self, model_type: str, config_class: type, model_class: type) -> None:
+    def __init__(self, model_type: str, config_class: Any, model_class: Any) -> None:
         self.model_type = model_type
         self.config_class = config_class
         self.model_class = model_class
@@ -49,7 +49,7 @@ class LizardConfigMixin:
     layers: Any
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)  # type: ignore[misc]
+        super().__post_init__(**kwargs)
         self.normalize_layers()
 
     def normalize_layers(self) -> None:
@@ -98,7 +98,8 @@ class MixedAttention(nn.Module):
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, D], k, v [B, T, Hkv, D], before RoPE."""
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        return tuple(proj(hidden_states).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))  # type: ignore[return-value, operator]
+        q, k, v = (proj(hidden_states).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))  # type: ignore[operator]
+        return q, k, v
 
     def inputs(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any) -> MixerInputs:
         """What the mixer gets of a layer's call; mask and starts come from `MixedModel.forward`."""
@@ -119,11 +120,12 @@ class MixedAttention(nn.Module):
             return self.softmax_forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         inputs = self.inputs(hidden_states, position_embeddings, **kwargs)
         if past_key_values is not None:
-            layer = past_key_values.layers[self.layer_idx]
+            layers = past_key_values.layers
+            layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
             if not isinstance(layer, MixerCacheLayer):
                 raise LizardzooError(
-                    f"layer {self.layer_idx} needs a {MixerCacheLayer.__name__}, got {type(layer).__name__}; make the cache "
-                    f"with DynamicCache(config=model.config)"
+                    f"layer {self.layer_idx} needs a {MixerCacheLayer.__name__}, got {type(layer).__name__}; "
+                    f"make the cache with DynamicCache(config=model.config)"
                 )
             y = layer.advance(self.mixer, inputs)
         else:
@@ -141,7 +143,7 @@ class MixedAttention(nn.Module):
         """What the teacher's own attention gives with this layer's projections."""
         kwargs.pop("token_mask", None)
         kwargs.pop("document_starts", None)
-        return super().forward(  # type: ignore[misc]
+        return super().forward(
             hidden_states=hidden_states,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
@@ -160,7 +162,7 @@ class MixedModel(nn.Module):
 
     def __init__(self, config: Any) -> None:
         config.normalize_layers()
-        super().__init__(config)  # type: ignore[call-arg]
+        super().__init__(config)
         for index, layer in enumerate(self.layers):  # type: ignore[arg-type]
             layer.self_attn = self.attention_class(config, index)
         self.post_init()  # type: ignore[operator]
@@ -191,7 +193,7 @@ class MixedModel(nn.Module):
                     )
                 use_cache = False
             kwargs["document_starts"] = starts
-        return super().forward(  # type: ignore[misc]
+        return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -231,7 +233,8 @@ class MixedForCausalLM:
     def set_window(self, window: int | Sequence[int]) -> None:
         """Run the same weights with another window (one for all layers, or one per layer that has a window).
 
-        A window is a run-time choice: wider recovers more of the teacher, at the price of state. Start new caches after it.
+        A window is a run-time choice: a wider one is closer to the teacher, at the price of state. A cache that was
+        begun with another window cannot go on.
         """
         specs = self.config.specs  # type: ignore[attr-defined]
         targets = [i for i, spec in enumerate(specs) if hasattr(spec, "window")]
@@ -247,7 +250,7 @@ class MixedForCausalLM:
 
 @contextmanager
 def softmax_mode(model: Any) -> Iterator[None]:
-    """Inside, every layer runs the teacher's attention: as long as the base weights are unchanged, this IS the teacher."""
+    """Inside, every layer runs the teacher's attention: with unchanged base weights, the model IS the teacher."""
     keys = [id(attention) for attention in model.attentions()]
     for key in keys:
         _SOFTMAX_MODE[key] = True

@@ -4,7 +4,14 @@ from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+)
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaPreTrainedModel
 
 from lizardzoo.adapters.base import (
@@ -25,7 +32,7 @@ class LizardLlamaConfig(LizardConfigMixin, LlamaConfig):
     model_type = "lizard_llama"
     base_model_tp_plan: ClassVar[Any] = None  # a plan would have to shard the mixers' per-head parameters too
 
-    layers: list | str | None = None
+    layers: list[Any] | str | None = None
 
 
 class LizardLlamaAttention(MixedAttention, LlamaAttention):

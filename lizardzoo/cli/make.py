@@ -125,14 +125,10 @@ def distill(
             "on the Hub, as org/name:split.",
         ),
     ],
-    folder: Annotated[
-        Path, typer.Option("--out", "-o", help="New folder for the run, or the one to resume.")
-    ],
+    folder: Annotated[Path, typer.Option("--out", "-o", help="New folder for the run, or the one to resume.")],
     recipe: Annotated[
         str,
-        typer.Option(
-            "--recipe", "-r", help="A recipe's name (see `lizardzoo list recipes`) or a .json file with one."
-        ),
+        typer.Option("--recipe", "-r", help="A recipe's name (see `lizardzoo list recipes`) or a .json file with one."),
     ] = "recommended",
     teacher: Annotated[
         str | None,
@@ -170,9 +166,7 @@ def distill(
         refuse_used_folder(folder)
     chosen = recipe_from(_read_recipe(recipe) if recipe.endswith(".json") else recipe)
     if not is_linearized(load_config(model)):
-        raise LizardzooError(
-            f"{model!r} is not linearized; run `lizardzoo linearize {model} --out FOLDER` first"
-        )
+        raise LizardzooError(f"{model!r} is not linearized; run `lizardzoo linearize {model} --out FOLDER` first")
     tokenizer = load_tokenizer(model)
     student = load_model(model, dtype, device="cpu")  # training moves it to where it runs
     run_distill(
@@ -197,8 +191,6 @@ def _read_recipe(path: str) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise LizardzooError(
-            f"there is no recipe file {path!r}; give its path, or the name of a recipe"
-        ) from error
+        raise LizardzooError(f"there is no recipe file {path!r}; give its path, or the name of a recipe") from error
     except ValueError as error:  # of JSON and of UTF-8
         raise LizardzooError(f"the recipe file {path} is not JSON ({error})") from error

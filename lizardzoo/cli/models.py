@@ -89,9 +89,7 @@ def read_layers(layers: str, softmax: str | None, num_layers: int) -> list[Mixer
     path = Path(layers)
     if path.suffix in (".json", ".py"):
         if not path.is_file():
-            raise LizardzooError(
-                f"there is no layers file {layers!r}; give its path, or the name of a preset"
-            )
+            raise LizardzooError(f"there is no layers file {layers!r}; give its path, or the name of a preset")
         given = _read_json(path) if path.suffix == ".json" else _run_python(path)
     specs = resolve_layers(given, num_layers)
     for index in _read_indices(softmax or "", num_layers):
@@ -103,17 +101,13 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:  # of JSON and of UTF-8
-        raise LizardzooError(
-            f"the layers file {path} is not JSON ({error}); write a list of specs"
-        ) from error
+        raise LizardzooError(f"the layers file {path} is not JSON ({error}); write a list of specs") from error
 
 
 def _run_python(path: Path) -> Any:
     names = runpy.run_path(str(path))
     if "layers" not in names:
-        raise LizardzooError(
-            f"the layers file {path} defines no `layers`; set it to a list with one spec per layer"
-        )
+        raise LizardzooError(f"the layers file {path} defines no `layers`; set it to a list with one spec per layer")
     return names["layers"]
 
 
@@ -126,9 +120,7 @@ def _read_indices(text: str, num_layers: int) -> list[int]:
             raise LizardzooError(f"--softmax {text!r} is not a list of layers; write it as 9,19-21")
         indices += range(int(first), int(last if dash else first) + 1)
     if wrong := [index for index in indices if index >= num_layers]:
-        raise LizardzooError(
-            f"--softmax names layer {wrong[0]}, but the model's layers are 0 to {num_layers - 1}"
-        )
+        raise LizardzooError(f"--softmax names layer {wrong[0]}, but the model's layers are 0 to {num_layers - 1}")
     return indices
 
 

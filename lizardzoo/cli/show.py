@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import types
+import typing
 from enum import Enum
-from types import SimpleNamespace
 from typing import Annotated, Any
 
 import torch
@@ -19,7 +20,7 @@ from lizardzoo.cache import kv_bytes, state_bytes
 from lizardzoo.cli.base import app, out
 from lizardzoo.cli.models import is_linearized, layer_map, load_config
 from lizardzoo.config import MIXERS, PRESETS, MixerSpec
-from lizardzoo.distill.recipe import RECIPES
+from lizardzoo.distill.recipe import RECIPES, Finetune
 from lizardzoo.evaluate.ablation import mixers_of
 from lizardzoo.evaluate.report import LENGTHS, human_bytes
 from lizardzoo.mixers.softmax import Softmax
@@ -74,17 +75,31 @@ def _changed_fields(spec: MixerSpec) -> list[str]:
 
 def _mixers() -> Table:
     table = _table(
-        "mixers: the types of a layers file, and their fields' defaults", "mixer", "field", "default", "type"
+        "mixers: the types of a layers file, and their fields' defaults",
+        "mixer",
+        "field",
+        "default",
+        "values",
     )
     for name in MIXERS:
         fields = dataclasses.fields(MIXERS.get(name))
+        hints = typing.get_type_hints(MIXERS.get(name))
         for index, field in enumerate(fields):
             default = "(required)" if field.default is dataclasses.MISSING else repr(field.default)
-            table.add_row(name if index == 0 else "", field.name, escape(default), escape(str(field.type)))
+            table.add_row(name if index == 0 else "", field.name, escape(default), escape(_values(hints[field.name])))
         if not fields:
             table.add_row(name, "", "", "")
         table.add_section()
     return table
+
+
+def _values(hint: Any) -> str:
+    """Such as "int | None" or "'head' | 'layer'"."""
+    if typing.get_origin(hint) is typing.Literal:
+        return " | ".join(map(repr, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(map(_values, typing.get_args(hint)))
+    return "None" if hint is type(None) else getattr(hint, "__name__", str(hint))
 
 
 def _architectures() -> Table:
@@ -99,19 +114,21 @@ def _recipes() -> Table:
     for name, recipe in sorted(RECIPES.items()):
         for label, stage in (("transfer", recipe.transfer), ("finetune", recipe.finetune)):
             amount = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs:g} epochs"
-            loss = "layer error"
-            if stage is recipe.finetune:
-                parts = {
-                    "cross-entropy": recipe.finetune.ce_weight,
-                    "KL to the teacher": recipe.finetune.kl_weight,
-                }
-                loss = " + ".join(f"{weight:g} {part}" for part, weight in parts.items() if weight)
-            amount = f"{amount} of {stage.batch_size}"
             table.add_row(
-                name if label == "transfer" else "", label, str(stage.sequence_length), amount, loss
+                name if label == "transfer" else "",
+                label,
+                str(stage.sequence_length),
+                f"{amount} of {stage.batch_size}",
+                "layer error" if label == "transfer" else _loss(recipe.finetune),
             )
         table.add_section()
     return table
+
+
+def _loss(stage: Finetune) -> str:
+    weights = {"cross-entropy": stage.ce_weight, "KL to the teacher": stage.kl_weight}
+    parts = {name: weight for name, weight in weights.items() if weight}
+    return " + ".join(name if len(parts) == 1 else f"{weight:g} {name}" for name, weight in parts.items())
 
 
 @app.command()
@@ -151,10 +168,8 @@ def _parameters(model: Any) -> Table:
 
 def _memory(model: Any) -> Table:
     """States do not grow with the length; the cache of kept softmax layers, and of the teacher, does."""
-    table = _table(
-        "memory of one sequence", "tokens", "states", "cache of softmax layers", "all", "teacher's cache"
-    )
-    teacher = SimpleNamespace(config=copy.deepcopy(model.config), dtype=model.dtype)
+    table = _table("memory of one sequence", "tokens", "states", "cache of softmax layers", "all", "teacher's cache")
+    teacher = types.SimpleNamespace(config=copy.deepcopy(model.config), dtype=model.dtype)
     teacher.config.layers = [Softmax().to_dict()] * model.config.num_hidden_layers
     states = state_bytes(model) if mixers_of(model) else 0
     for length in LENGTHS:

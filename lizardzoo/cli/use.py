@@ -46,15 +46,11 @@ def eval_(
     ] = True,
     tasks: Annotated[
         str | None,
-        typer.Option(
-            help="lm-eval tasks: names as piqa,arc_easy, or a folder of task files (which may run code)."
-        ),
+        typer.Option(help="lm-eval tasks: names as piqa,arc_easy, or a folder of task files (which may run code)."),
     ] = None,
     few_shot: Annotated[int | None, typer.Option(min=0, help="Examples in each task's prompt.")] = None,
     task_limit: Annotated[int | None, typer.Option(min=1, help="Questions per task.")] = None,
-    folder: Annotated[
-        Path | None, typer.Option("--out", "-o", help=f"New folder for {REPORT} and {PLOT}.")
-    ] = None,
+    folder: Annotated[Path | None, typer.Option("--out", "-o", help=f"New folder for {REPORT} and {PLOT}.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
@@ -80,9 +76,7 @@ def eval_(
         expected = None if teacher is None else load_model(teacher, dtype, device)
         report = None
         if ids is not None:
-            report = _positions(
-                loaded, expected, ids, baseline, ablate=ablate, window=window, batch_size=batch_size
-            )
+            report = _positions(loaded, expected, ids, baseline, ablate=ablate, window=window, batch_size=batch_size)
         scores = {}
         if tasks is not None:
             settings = {"num_fewshot": few_shot, "limit": task_limit, "batch_size": batch_size}
@@ -116,8 +110,7 @@ def _labels(names: list[str]) -> dict[str, str]:
     """Each model under the last part of its name, or under all of it where that is taken."""
     last = [Path(name).name for name in names]
     return {
-        name if last.count(short) > 1 or short in ("", TEACHER) else short: name
-        for name, short in zip(names, last)
+        name if last.count(short) > 1 or short in ("", TEACHER) else short: name for name, short in zip(names, last)
     }
 
 
@@ -154,9 +147,7 @@ def _positions(
 def _scores(model: Any, tokenizer: Any, tasks: str, settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     if Path(tasks).is_dir():
         return evaluate.lm_eval(model, tokenizer, None, tasks, **settings)
-    return evaluate.lm_eval(
-        model, tokenizer, [name.strip() for name in tasks.split(",") if name.strip()], **settings
-    )
+    return evaluate.lm_eval(model, tokenizer, [name.strip() for name in tasks.split(",") if name.strip()], **settings)
 
 
 def _task_table(scores: dict[str, dict[str, dict[str, Any]]]) -> Table:
@@ -180,9 +171,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Stop after so many tokens.")] = 256,
     chat: Annotated[
         bool | None,
-        typer.Option(
-            help="Put the prompt as a question to a chat model; by default where there is a chat template."
-        ),
+        typer.Option(help="Put the prompt as a question to a chat model; by default where there is a chat template."),
     ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of the sampling.")] = 0,

@@ -75,8 +75,7 @@ def load_data(
         return _checked(source, sequence_length, isolate_documents)
     if tokenizer.eos_token_id is None:
         raise LizardzooError(
-            f"{type(tokenizer).__name__} has no EOS token, which separates packed documents; "
-            f"set tokenizer.eos_token"
+            f"{type(tokenizer).__name__} has no EOS token, which separates packed documents; set tokenizer.eos_token"
         )
     named = {name: list(documents) for name, documents in _open(source)}
     if mixing == "concatenate":
@@ -157,9 +156,7 @@ def _open(source: Source) -> Iterator[tuple[str, Iterable[str]]]:
         elif not any(files) and all(isinstance(entry, str) for entry in source):
             yield "the list of texts", [str(entry) for entry in source]
         else:
-            raise LizardzooError(
-                "a list of data holds files or texts, not both; write the texts to a .jsonl file"
-            )
+            raise LizardzooError("a list of data holds files or texts, not both; write the texts to a .jsonl file")
     else:
         given = repr(source) if len(repr(source)) < 80 else f"{repr(source)[:76]}..."
         raise LizardzooError(
@@ -207,9 +204,7 @@ def _document(row: Any, where: str) -> str:
     if "text" not in row:
         values["input"] = row.get("input") or ""
     if not all(isinstance(value, str) for value in values.values()):
-        raise LizardzooError(
-            f"{where}: expected columns {COLUMNS} that hold strings, got {', '.join(map(str, row))}"
-        )
+        raise LizardzooError(f"{where}: expected columns {COLUMNS} that hold strings, got {', '.join(map(str, row))}")
     if "text" in row:
         return str(values["text"])
     given = str(values["input"]).strip()

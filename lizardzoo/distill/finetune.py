@@ -232,9 +232,7 @@ def finetune(
         lora = LoraModel(model, config, "default")
         merged = False
         try:
-            names = [
-                name for name, p in model.named_parameters() if p.requires_grad or is_new_parameter(name)
-            ]
+            names = [name for name, p in model.named_parameters() if p.requires_grad or is_new_parameter(name)]
             with training(model, names), activation_checkpointing(model, gradient_checkpointing):
                 trainer = FinetuneTrainer(model, stage, arguments, train_dataset=dataset, callbacks=[log])
                 trainer.lora, trainer.teacher = lora, teacher

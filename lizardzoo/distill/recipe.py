@@ -152,9 +152,7 @@ def _build(cls: type[Any], values: Mapping[str, Any]) -> Any:
     fields = dataclasses.fields(cls)
     names = sorted(field.name for field in fields)
     if unknown := sorted(set(values) - set(names)):
-        raise LizardzooError(
-            f"{cls.__name__} has no field {unknown[0]!r}; its fields are: {', '.join(names)}"
-        )
+        raise LizardzooError(f"{cls.__name__} has no field {unknown[0]!r}; its fields are: {', '.join(names)}")
     if missing := [f.name for f in fields if f.default is dataclasses.MISSING and f.name not in values]:
         raise LizardzooError(f"{cls.__name__} needs the field {missing[0]!r}; give it in the recipe")
     return cls(**values)
@@ -245,9 +243,7 @@ register_recipe(
 
 # 3.3M and 4.1M tokens, half instructions, half books. KL to the teacher instead of cross-entropy, which fits
 # the training text and leaves the teacher (SmolLM2-135M, WikiText: KL 0.265 against 0.357).
-register_recipe(
-    Recipe(name="recommended", transfer=Stage(steps=200), finetune=Finetune(steps=250), mixing="equal")
-)
+register_recipe(Recipe(name="recommended", transfer=Stage(steps=200), finetune=Finetune(steps=250), mixing="equal"))
 
 # Small enough for two CPU cores and a few minutes.
 register_recipe(

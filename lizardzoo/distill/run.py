@@ -94,9 +94,7 @@ def run(
 
 
 def _check_packages() -> None:
-    missing = [
-        n for n in ("accelerate", "peft", "datasets", "matplotlib") if importlib.util.find_spec(n) is None
-    ]
+    missing = [n for n in ("accelerate", "peft", "datasets", "matplotlib") if importlib.util.find_spec(n) is None]
     if missing:
         raise LizardzooError(f"training needs the package {missing[0]}; pip install 'lizardzoo[train]'")
 
@@ -111,13 +109,9 @@ def _check_stages(stages: Sequence[str]) -> list[str]:
 
 def _check_student(model: Any, stages: Sequence[str]) -> None:
     if not hasattr(model, "mixers"):
-        raise LizardzooError(
-            f"a {type(model).__name__} is not linearized; make a student with lizardzoo.linearize"
-        )
+        raise LizardzooError(f"a {type(model).__name__} is not linearized; make a student with lizardzoo.linearize")
     if not model.mixers():
-        raise LizardzooError(
-            "every layer keeps its softmax attention: there is nothing to distil; choose other layers"
-        )
+        raise LizardzooError("every layer keeps its softmax attention: there is nothing to distil; choose other layers")
     if "transfer" in stages and not any(is_new_parameter(name) for name, _ in model.named_parameters()):
         raise LizardzooError(
             "the mixers have no parameters of their own, so the stage transfer has nothing to train; "
@@ -204,9 +198,7 @@ def _weights_fingerprint(model: nn.Module) -> str:
     for name, parameter in model.named_parameters():
         if not is_new_parameter(name):
             values = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)][:64]
-            digest.update(
-                f"{name} {list(parameter.shape)} ".encode() + values.double().cpu().numpy().tobytes()
-            )
+            digest.update(f"{name} {list(parameter.shape)} ".encode() + values.double().cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
@@ -259,49 +251,56 @@ def _load_weights(model: Any, folder: Path) -> None:
     model.load_state_dict(from_pretrained(folder).state_dict())
 
 
+PANELS = {
+    ("transfer", "loss"): "transfer: layer error",
+    ("finetune", "kl"): "finetune: KL to the teacher, nats",
+    ("finetune", "cross_entropy"): "finetune: cross-entropy, nats",
+}
+
+
 def plot(folder: Path) -> None:
     """Draw `loss.png` and `layer_error.png` from `log.jsonl`."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     from lizardzoo.distill.trainer import read_log
 
+    def panels(count: int) -> tuple[Any, Any]:
+        figure = Figure(figsize=(5 * count, 3.5), layout="constrained")
+        axes = figure.subplots(1, count, squeeze=False)[0]
+        for axis in axes:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axis.grid(alpha=0.3)
+        return figure, axes
+
     entries = read_log(folder / "log.jsonl")
-    stages = {name: [entry for entry in entries if entry["stage"] == name] for name in FOLDERS}
-    stages = {name: steps for name, steps in stages.items() if steps}
-    if not stages:
+    series = {
+        key: [(entry["step"], entry[key[1]]) for entry in entries if entry["stage"] == key[0] and key[1] in entry]
+        for key in PANELS
+    }
+    if not any(series.values()):
         return
-    figure = Figure(figsize=(5 * len(stages), 3.5), layout="constrained")
-    for axis, (name, steps) in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages.items()):
-        for key in ("loss", "cross_entropy", "kl"):
-            points = [(entry["step"], entry[key]) for entry in steps if key in entry]
-            if points:
-                axis.plot(*zip(*points), label=key.replace("_", "-"))
-        axis.set(title=name, xlabel="step", ylabel="layer error" if name == "transfer" else "nats per token")
-        axis.set_yscale("log")
-        axis.grid(alpha=0.3)
-        axis.legend()
+    figure, axes = panels(sum(map(bool, series.values())))
+    for axis, (key, points) in zip(axes, [item for item in series.items() if item[1]]):
+        axis.plot(*zip(*points))
+        axis.set(title=PANELS[key], xlabel="step", ylim=(0, None))
     figure.savefig(folder / "loss.png", dpi=120)
 
-    steps = stages.get("transfer", [])
+    steps = [entry for entry in entries if "layer_error" in entry]
     if not steps:
         return
-    layers = sorted(int(layer) for layer in steps[0]["layer_error"])
-    figure = Figure(figsize=(11, 3.5), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for index, (entry, label) in enumerate(((steps[0], "first step"), (steps[-1], "last step"))):
+    layers = sorted(map(int, steps[0]["layer_error"]))
+    figure, (left, right) = panels(2)
+    for offset, entry, label in ((-0.2, steps[0], "first step"), (0.2, steps[-1], "last step")):
         heights = [entry["layer_error"][str(layer)] for layer in layers]
-        left.bar([layer + 0.4 * index for layer in layers], heights, width=0.4, align="edge", label=label)
-    left.set(xlabel="layer", ylabel="error / variance of the target", yscale="log")
+        left.bar([layer + offset for layer in layers], heights, width=0.4, label=label)
+    left.set(title="error / variance of the target", xlabel="layer")
     left.legend()
     for layer in layers:
+        errors = [entry["layer_error"][str(layer)] for entry in steps]
         color = colormaps["viridis"](layer / max(1, layers[-1]))
-        right.plot(
-            [e["step"] for e in steps],
-            [e["layer_error"][str(layer)] for e in steps],
-            color=color,
-            label=str(layer),
-        )
-    right.set(xlabel="step", yscale="log")
-    right.legend(title="layer", ncols=max(1, len(layers) // 8), fontsize="x-small")
+        right.plot([entry["step"] for entry in steps], errors, color=color, label=str(layer))
+    right.set(title="by layer", xlabel="step", ylim=(0, None))
+    right.legend(ncols=1 + len(layers) // 10, fontsize="x-small")
     figure.savefig(folder / "layer_error.png", dpi=120)

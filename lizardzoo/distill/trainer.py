@@ -56,9 +56,7 @@ class StageTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(groups, betas=self.stage.betas, eps=self.stage.eps)
         return self.optimizer
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward; a gradient that is not finite raises before it is clipped or used."""
         loss = super().training_step(model, inputs, num_items_in_batch)
         gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
@@ -70,11 +68,7 @@ class StageTrainer(Trainer):
     def stop(self, what: str) -> None:
         """Raise, naming the step and the checkpoint to go on from."""
         checkpoint = last_checkpoint(Path(self.args.output_dir))
-        kept = (
-            f"the last good checkpoint is {checkpoint}"
-            if checkpoint
-            else "no checkpoint was written before it"
-        )
+        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written before it"
         raise NonFiniteError(
             f"{Path(self.args.output_dir).name}, step {self.state.global_step + 1}: {what}; {kept}; "
             f"try lower learning rates in a new output_dir"
@@ -109,9 +103,7 @@ class StageTrainer(Trainer):
         target = {n: p for n, p in (model or self.model).named_parameters() if p.requires_grad}
         saved = load_file(Path(resume_from_checkpoint) / TRAINABLE)
         if saved.keys() != target.keys():
-            raise LizardzooError(
-                f"the checkpoint {resume_from_checkpoint} holds the parameters of another model"
-            )
+            raise LizardzooError(f"the checkpoint {resume_from_checkpoint} holds the parameters of another model")
         with torch.no_grad():
             for name, value in saved.items():
                 target[name].copy_(value)
@@ -135,9 +127,7 @@ class StepLog(TrainerCallback):
             if self.progress:
                 self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.stage)
 
-    def on_log(
-        self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """One line, one tick."""
         if state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
@@ -177,9 +167,7 @@ def training_arguments(
 ) -> TrainingArguments:
     """The stage's numbers in transformers' words."""
     if checkpoint_every is not None and checkpoint_every < 1:
-        raise LizardzooError(
-            f"checkpoint_every={checkpoint_every}: expected a number of steps above 0, or None"
-        )
+        raise LizardzooError(f"checkpoint_every={checkpoint_every}: expected a number of steps above 0, or None")
     devices = int(os.environ.get("WORLD_SIZE", "1"))
     micro = micro_batch_size or stage.batch_size // devices
     if micro < 1 or stage.batch_size % (micro * devices):
@@ -272,9 +260,7 @@ def activation_checkpointing(model: Any, on: bool) -> Iterator[None]:
     if not on:
         yield
         return
-    word = (
-        "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    )  # before transformers 5.20
+    word = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # before transformers 5.20
     getattr(model, f"{word}_checkpointing_enable")()
     try:
         yield

@@ -23,9 +23,7 @@ def state_matched_window(model: PreTrainedModel, keep: int = 4) -> int:
     """
     shapes = [mixer.shape for mixer in mixers_of(model).values()]
     if not shapes:
-        raise LizardzooError(
-            f"{type(model).__name__} has no mixer, so no state to match; give a linearized model"
-        )
+        raise LizardzooError(f"{type(model).__name__} has no mixer, so no state to match; give a linearized model")
 
     def window_bytes(window: int) -> int:
         spec = Window(window=window, keep=keep)

@@ -57,9 +57,7 @@ def lm_eval(
         manager = TaskManager(include_path=str(include_path), include_defaults=False)
         names = manager.all_tasks if names is None else names
     if not names:
-        where = (
-            "no tasks are named" if include_path is None else f"{os.fspath(include_path)!r} defines no task"
-        )
+        where = "no tasks are named" if include_path is None else f"{os.fspath(include_path)!r} defines no task"
         raise LizardzooError(f"{where}; name lm-eval tasks such as piqa, or give a folder of task files")
     if manager is None or not set(names) <= set(manager.all_tasks):
         manager = TaskManager(include_path=None if include_path is None else str(include_path))
@@ -71,9 +69,7 @@ def lm_eval(
     training = model.training
     try:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-        found = simple_evaluate(
-            model=lm, tasks=names, task_manager=manager, **{"log_samples": False, **kwargs}
-        )
+        found = simple_evaluate(model=lm, tasks=names, task_manager=manager, **{"log_samples": False, **kwargs})
     finally:
         model.train(training)
     return {

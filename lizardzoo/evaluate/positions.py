@@ -23,9 +23,7 @@ from lizardzoo.evaluate.ablation import mixers_of
 EDGES = (512, 1024, 2048)
 DEFAULT_WINDOW = 128
 CURVE_POINTS = 64
-LOGITS_AT_ONCE = (
-    1 << 23
-)  # 32 MB of fp32: 2,048 x 49,152 logits would be 400 MB for every tensor of the formula
+LOGITS_AT_ONCE = 1 << 23  # 32 MB of fp32: 2,048 x 49,152 logits would be 400 MB for every tensor of the formula
 
 Progress = Callable[[int, int], None]
 
@@ -132,9 +130,7 @@ class Curves:
         return Bucket(start, stop, tokens, float((nll.sum() / tokens).exp()), kl)
 
 
-def bucket_edges(
-    models: Sequence[PreTrainedModel], buckets: Sequence[int] | None, window: int | None
-) -> list[int]:
+def bucket_edges(models: Sequence[PreTrainedModel], buckets: Sequence[int] | None, window: int | None) -> list[int]:
     """The rising positions at which a new bucket begins."""
     if buckets is not None and window is not None:
         raise LizardzooError("buckets and window both say where the first bucket ends; give one of them")
@@ -145,9 +141,7 @@ def bucket_edges(
         edges = list(buckets)
     whole = all(isinstance(edge, int) and not isinstance(edge, bool) and edge > 0 for edge in edges)
     if not whole or edges != sorted(set(edges)):
-        raise LizardzooError(
-            f"the edges of position buckets must be rising whole numbers above 0, got {edges}"
-        )
+        raise LizardzooError(f"the edges of position buckets must be rising whole numbers above 0, got {edges}")
     return edges
 
 
@@ -166,9 +160,7 @@ def measure(
     progress: Progress | None = None,
 ) -> list[Curves]:
     """All runs on the same batches, so that the teacher runs once; per token in fp32, summed in float64."""
-    models = list(
-        {id(m): m for m in [*(run.model for run in runs), *([teacher] if teacher else [])]}.values()
-    )
+    models = list({id(m): m for m in [*(run.model for run in runs), *([teacher] if teacher else [])]}.values())
     _check(models, sequences, batch_size)
     count, length = sequences.shape
     nll = [torch.zeros(length - 1, dtype=torch.float64) for _ in runs]
@@ -230,13 +222,10 @@ def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
 def _check(models: Sequence[PreTrainedModel], sequences: Tensor, batch_size: int) -> None:
     if not isinstance(sequences, Tensor) or sequences.ndim != 2 or sequences.is_floating_point():
         raise LizardzooError(
-            f"sequences are token ids [N, T], got {_describe(sequences)}; "
-            f"make them with lizardzoo.evaluate.sequences"
+            f"sequences are token ids [N, T], got {_describe(sequences)}; make them with lizardzoo.evaluate.sequences"
         )
     if sequences.shape[0] < 1 or sequences.shape[1] < 2:
-        raise LizardzooError(
-            f"sequences must be at least one of at least 2 tokens, got {_describe(sequences)}"
-        )
+        raise LizardzooError(f"sequences must be at least one of at least 2 tokens, got {_describe(sequences)}")
     if batch_size < 1:
         raise LizardzooError(f"batch_size must be at least 1, got {batch_size}")
     sizes = {model.get_output_embeddings().weight.shape[0] for model in models}

@@ -51,9 +51,7 @@ class Report:
         for row in self.rows:
             if row.name == name:
                 return row
-        raise LizardzooError(
-            f"the report has no row {name!r}; its rows are: {', '.join(r.name for r in self.rows)}"
-        )
+        raise LizardzooError(f"the report has no row {name!r}; its rows are: {', '.join(r.name for r in self.rows)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON has them (the keys of `memory` are strings there)."""
@@ -81,9 +79,7 @@ class Report:
             cells = [*row.result.buckets, row.result.overall]
             table.add_row(row.name, *(_number(cell.perplexity) for cell in cells), end_section=not with_kl)
             if with_kl:
-                table.add_row(
-                    "  [dim]KL[/]", *(_kl(cell.kl) for cell in cells), style="dim", end_section=True
-                )
+                table.add_row("  [dim]KL[/]", *(_kl(cell.kl) for cell in cells), style="dim", end_section=True)
         return table
 
     def memory_table(self) -> Table:
@@ -170,9 +166,7 @@ def compare(
         LizardzooError: as `by_position`; no model at all; a name that is taken or unknown.
     """
     if TEACHER in models:
-        raise LizardzooError(
-            f"the name {TEACHER!r} belongs to the teacher's own row; name the model otherwise"
-        )
+        raise LizardzooError(f"the name {TEACHER!r} belongs to the teacher's own row; name the model otherwise")
     named = {**({} if teacher is None else {TEACHER: teacher}), **models}
     if not named:
         raise LizardzooError("there is no model to compare; give a dict of at least one, or a teacher")

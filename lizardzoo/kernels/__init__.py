@@ -1,7 +1,7 @@
 """Kernels: pure functions on tensors. Each op has one entry that validates and dispatches to its implementations.
 
-Every branch returns `(y, log_mass)`: `y` [B, T, H, D] is its normalized output (a weighted mean of values) in q's dtype,
-`log_mass` [B, T, H] the log of its denominator. A query with nothing to see has y = 0, log_mass = -inf and zero
+Every branch returns `(y, log_mass)`: `y` [B, T, H, D] is its normalized output (a weighted mean of values) in q's
+dtype, `log_mass` [B, T, H] the log of its denominator. A query with nothing to see has y = 0, log_mass = -inf and zero
 gradients. Gradients flow through both. How branches are merged is one line elsewhere (`lizardzoo.mixers.merge`).
 
 Conventions, obeyed by every kernel:
@@ -25,7 +25,11 @@ Conventions, obeyed by every kernel:
 
 from lizardzoo.kernels.dispatch import Impl
 from lizardzoo.kernels.features import FeatureMap
-from lizardzoo.kernels.gated_linear import GatedLinearState, gated_linear_attention, gated_linear_attention_step
+from lizardzoo.kernels.gated_linear import (
+    GatedLinearState,
+    gated_linear_attention,
+    gated_linear_attention_step,
+)
 from lizardzoo.kernels.window import WindowState, window_attention, window_attention_step
 
 __all__ = [

@@ -41,8 +41,8 @@ def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     fits = k.shape[:3] == v.shape[:3] and q.shape[:2] == k.shape[:2] and q.shape[3] == k.shape[3]
     if not fits or q.shape[2] % k.shape[2] or q.shape[1] == 0:
         raise LizardzooError(
-            f"{op}: shapes q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} do not fit; expected q [B, T, H, D], "
-            f"k and v [B, T, Hkv, D] with T >= 1 and H a multiple of Hkv"
+            f"{op}: shapes q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)} do not fit; expected "
+            f"q [B, T, H, D], k and v [B, T, Hkv, D] with T >= 1 and H a multiple of Hkv"
         )
     if not (q.dtype == k.dtype == v.dtype and q.dtype.is_floating_point):
         raise LizardzooError(

@@ -28,8 +28,8 @@ class AttentionShape:
     def __post_init__(self) -> None:
         if self.kv_heads < 1 or self.heads < 1 or self.heads % self.kv_heads:
             raise LizardzooError(
-                f"the model has {self.heads} query heads and {self.kv_heads} key heads; a mixer needs the first to be a "
-                f"multiple of the second: check num_attention_heads and num_key_value_heads in its config"
+                f"the model has {self.heads} query heads and {self.kv_heads} key heads; a mixer needs the first to be "
+                f"a multiple of the second: check num_attention_heads and num_key_value_heads in its config"
             )
         if self.head_dim < 2 or self.head_dim % 2:
             raise LizardzooError(
@@ -41,8 +41,8 @@ class MixerInputs(NamedTuple):
     """One call's inputs.
 
     q [B, T, H, D], k, v [B, T, Hkv, D]: projected, normed, BEFORE RoPE; cos, sin [B or 1, T, D]; x [B, T, hidden]: the
-    layer's input; mask [B, T] bool, True = real token, None = all real; starts [B, T] bool, True where a packed document
-    begins, None = none.
+    layer's input; mask [B, T] bool, True = real token, None = all real; starts [B, T] bool, True where a packed
+    document begins, None = none.
     """
 
     q: Tensor
@@ -54,9 +54,13 @@ class MixerInputs(NamedTuple):
     mask: Tensor | None = None
     starts: Tensor | None = None
 
+    def each(self, fn: Callable[[Tensor], Tensor]) -> MixerInputs:
+        """`fn` of every tensor that is there."""
+        return MixerInputs(*(x if x is None else fn(x) for x in self))  # type: ignore[arg-type]
+
     def tokens(self, start: int, end: int) -> MixerInputs:
         """The same for the tokens start .. end-1."""
-        return MixerInputs(*(None if x is None else x[:, start:end] for x in self))  # type: ignore[arg-type]
+        return self.each(lambda x: x[:, start:end])
 
     def rotated(self) -> tuple[Tensor, Tensor]:
         """q and k after RoPE (rotate-half convention of Llama, Mistral and Qwen)."""

@@ -117,9 +117,7 @@ class WindowBranch(nn.Module):
             )  # fmt: skip
         return Branch(y, log_mass), state
 
-    def init_state(
-        self, spec: WindowFields, batch: int, dtype: torch.dtype, device: torch.device | str
-    ) -> WindowState:
+    def init_state(self, spec: WindowFields, batch: int, dtype: torch.dtype, device: torch.device | str) -> WindowState:
         """Before the first token."""
         return init_window_state(batch, self.shape.kv_heads, self.shape.head_dim, spec.window, spec.keep, dtype, device)
 

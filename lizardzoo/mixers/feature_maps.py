@@ -1,4 +1,4 @@
-"""The weights of a Hedgehog map (Lizard, section 3.1; LoLCATs): one map per layer or per head, started at the identity."""
+"""The weights of a Hedgehog map (Lizard, section 3.1; LoLCATs): per layer or per head, started at the identity."""
 
 from __future__ import annotations
 

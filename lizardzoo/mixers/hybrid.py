@@ -1,4 +1,4 @@
-"""The hybrid of both branches: every reading of the papers is an option (facts in `docs` and README's design section)."""
+"""The hybrid of both branches: every reading of the papers is an option."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Hybrid(LinearFields, WindowFields):
     merge: "joint" = one denominator for both branches (LoLCATs); "sum" = y_linear + alpha y_window (Lizard, parallel
         form); "none" = the same with an unnormalized linear branch (Lizard, recurrent form).
     alpha: for sum and none: one learned weight per layer or per head; None = 1.
-    log_scale: for joint: the linear branch's mass is scaled by exp(c_h) ("head"), exp(c_h + x.u_h) ("token") or 1 (None).
+    log_scale: for joint: the linear branch's mass is scaled by exp(c_h) ("head"), exp(c_h + x.u_h) ("token"), 1 (None).
     """
 
     disjoint: bool = True
@@ -83,10 +83,21 @@ class HybridMixer(Mixer):
         plain, rotated = (inputs.q, inputs.k), inputs.rotated()
         lag, skip = (spec.window, spec.keep) if spec.disjoint else (0, 0)
         window, window_state = self.window(
-            spec, inputs, rotated if spec.window_rope else plain, state and state.window, need_state, self.impl
+            spec,
+            inputs,
+            rotated if spec.window_rope else plain,
+            state and state.window,
+            need_state,
+            self.impl,
         )
         linear, linear_state = self.linear(
-            inputs, rotated if spec.feature_rope else plain, lag, skip, state and state.linear, need_state, self.impl
+            inputs,
+            rotated if spec.feature_rope else plain,
+            lag,
+            skip,
+            state and state.linear,
+            need_state,
+            self.impl,
         )
         if self.log_scale is not None:
             linear = Branch(linear.y, linear.log_mass + self.log_scale(inputs.x))
@@ -155,4 +166,4 @@ class HybridMixer(Mixer):
         for shift in shifts:
             share = (margin + shift).sigmoid().float()
             errors.append((square * share.square() + cross * share).sum((0, 1)))
-        self.log_scale.bias += shifts[torch.stack(errors).argmin(0)].to(self.log_scale.bias)
+        self.log_scale.bias.add_(shifts[torch.stack(errors).argmin(0)].to(self.log_scale.bias))

@@ -18,7 +18,7 @@ class Branch(NamedTuple):
 
 
 def joint(branches: list[Branch], dtype: torch.dtype) -> Tensor:
-    """One denominator for all branches (LoLCATs): sum_b e^{m_b} y_b / sum_b e^{m_b}; log-scales are in the log-masses."""
+    """One denominator for all branches (LoLCATs): sum_b e^{m_b} y_b / sum_b e^{m_b}; log-scales are in the masses."""
     masses = torch.stack([branch.log_mass for branch in branches])
     peak = masses.detach().amax(0)
     shares = (masses - torch.where(peak == float("-inf"), 0.0, peak)).exp()

@@ -13,7 +13,14 @@ from lizardzoo.kernels import FeatureMap
 
 
 def visible_pairs(
-    mask: Tensor, starts: Tensor, batch: int, *, window: int | None = None, keep: int = 0, lag: int = 0, skip: int = 0
+    mask: Tensor,
+    starts: Tensor,
+    batch: int,
+    *,
+    window: int | None = None,
+    keep: int = 0,
+    lag: int = 0,
+    skip: int = 0,
 ) -> list[list[int]]:
     """For each query of a row, the key positions it sees. window: softmax set; otherwise the linear branch's set."""
     seen: list[list[int]] = []

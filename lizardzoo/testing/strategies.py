@@ -1,4 +1,4 @@
-"""Hypothesis strategies: shapes, regimes and seeds are drawn, tensors follow from the seed, so that shrinking is readable."""
+"""Hypothesis strategies: shapes, regimes and seeds are drawn, tensors follow from the seed: shrinking is readable."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TokenFlags(NamedTuple):
 
 
 def specs(spec_class: type[MixerSpec]) -> st.SearchStrategy[MixerSpec]:
-    """Valid specs of a registered class: its defaults and presets at small sizes, or drawn from the fields' own types."""
+    """Valid specs of a class: its defaults and presets at small sizes, or drawn from the fields' own types."""
     hints = typing.get_type_hints(spec_class)
     fields = {f.name: _values(f.name, hints[f.name], f.default) for f in dataclasses.fields(spec_class)}
     named = [spec_class(), *(p for p in map(PRESETS.get, PRESETS) if type(p) is spec_class)]
@@ -73,7 +73,9 @@ def mixer_inputs(shape: AttentionShape, batch: int, length: int, seed: int, flag
     starts = torch.zeros_like(mask) if flags.starts is None else flags.starts & mask
     count = mask.long().cumsum(1) - 1
     base = torch.where(starts, count, 0).cummax(1).values
-    angle = (count - base).clamp(min=0)[..., None] * torch.tensor([1.0, 0.1, 0.01, 0.001])[: shape.head_dim // 2].double()
+    angle = (count - base).clamp(min=0)[..., None] * torch.tensor([1.0, 0.1, 0.01, 0.001])[
+        : shape.head_dim // 2
+    ].double()
     angle = torch.cat([angle, angle], -1)
     return MixerInputs(
         q=randn(shape.heads, shape.head_dim),

@@ -30,9 +30,13 @@ def gradients(y: Tensor, log_mass: Tensor, inputs: Sequence[Tensor], seed: int) 
 
 
 def assert_same(
-    actual: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], inputs: Sequence[Tensor], tolerance: float, seed: int = 0
+    actual: tuple[Tensor, Tensor],
+    expected: tuple[Tensor, Tensor],
+    inputs: Sequence[Tensor],
+    tolerance: float,
+    seed: int = 0,
 ) -> None:
-    """Outputs and all gradients agree; a gradient's error is relative to the largest of them (saturated ones cancel to 0)."""
+    """Outputs and all gradients agree; a gradient's error is relative to the largest (saturated ones cancel to 0)."""
     for a, b in zip(actual, expected, strict=True):
         assert error(a, b) <= tolerance
     ours, theirs = gradients(*actual, inputs, seed), gradients(*expected, inputs, seed)

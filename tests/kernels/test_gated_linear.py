@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import pytest
@@ -60,7 +61,11 @@ def cases(draw: st.DrawFn, documents: bool = True, scales: tuple[float, ...] = (
             "log_decay": log_decay,
             "log_input": None if enter is None else randn(batch, length, enter),
         },
-        {"feature_map": maps, "lag": draw(st.sampled_from([0, 1, 3, 6])), "skip": draw(st.sampled_from([0, 1, 2]))},
+        {
+            "feature_map": maps,
+            "lag": draw(st.sampled_from([0, 1, 3, 6])),
+            "skip": draw(st.sampled_from([0, 1, 2])),
+        },
         {"mask": flags.mask, "starts": flags.starts},
     )
 
@@ -84,7 +89,7 @@ def test_splitting_a_sequence_changes_nothing(case: Case, data: st.DataObject) -
     y, log_mass, whole = gated_linear_attention(**case.tensors, **case.options, **case.flags)
     edges = [0, *sorted(data.draw(st.sets(st.integers(1, length)))), length]
     outputs, state = [], None
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         if end > start:
             *output, state = gated_linear_attention(**case.piece(start, end), **case.options, state=state)
             outputs.append(output)
@@ -137,16 +142,22 @@ def test_a_fold_of_steps_is_the_whole(case: Case) -> None:
     maps = case.options["feature_map"]
     gates = [0 if gate is None else gate.shape[2] for gate in (decay, enter)]
     state = init_state(
-        q.shape[0], q.shape[2], k.shape[2], 4, 2 * maps.key.shape[2], case.options["lag"], *gates, torch.float64, "cpu"
+        q.shape[0],
+        q.shape[2],
+        k.shape[2],
+        4,
+        2 * maps.key.shape[2],
+        case.options["lag"],
+        *gates,
+        torch.float64,
+        "cpu",
     )
     state = state._replace(v=state.v[..., :3], kv=state.kv[..., :3])
     outputs = []
     for t in range(q.shape[1]):
         piece = case.piece(t, t + 1)
         piece.pop("starts")
-        *output, state = gated_linear_attention_step(
-            **piece, state=state, feature_map=maps, skip=case.options["skip"]
-        )
+        *output, state = gated_linear_attention_step(**piece, state=state, feature_map=maps, skip=case.options["skip"])
         outputs.append(output)
     steps = [torch.cat(part, 1) for part in zip(*outputs, strict=True)]
     assert_same((steps[0], steps[1]), (y, log_mass), case.inputs(), 1e-10)
@@ -191,7 +202,10 @@ def test_exp_features_survive_logits_of_80_in_fp32(case: Case) -> None:
 @given(cases(scales=(1.0,)))
 def test_fp32_errs_at_most_twice_as_much_as_plain_fp32(case: Case) -> None:
     maps = case.options["feature_map"]
-    options = {**case.options, "feature_map": FeatureMap(maps.query.float(), maps.key.float(), maps.activation)}
+    options = {
+        **case.options,
+        "feature_map": FeatureMap(maps.query.float(), maps.key.float(), maps.activation),
+    }
     narrow = {name: None if x is None else x.float() for name, x in case.tensors.items()}
     exact = gated_linear_oracle(**case.tensors, **case.options, **case.flags)
     plain = gated_linear_oracle(**narrow, **options, **case.flags)
@@ -219,11 +233,20 @@ def test_memory_is_linear_in_the_length() -> None:
         ({"log_decay": torch.zeros(1, 5, 3)}, "log_decay is"),
         ({"log_input": torch.zeros(1, 4, 1)}, "log_input is"),
         ({"lag": -1}, "lag and skip"),
-        ({"feature_map": FeatureMap(torch.zeros(1, 3, 2), torch.zeros(1, 4, 2), "softmax")}, "query feature map"),
-        ({"feature_map": FeatureMap(torch.zeros(1, 4, 2), torch.zeros(3, 4, 2), "softmax")}, "key feature map"),
+        (
+            {"feature_map": FeatureMap(torch.zeros(1, 3, 2), torch.zeros(1, 4, 2), "softmax")},
+            "query feature map",
+        ),
+        (
+            {"feature_map": FeatureMap(torch.zeros(1, 4, 2), torch.zeros(3, 4, 2), "softmax")},
+            "key feature map",
+        ),
         ({"feature_map": FeatureMap(torch.zeros(1, 4, 2), torch.zeros(1, 4, 2), "relu")}, "activation"),  # type: ignore[arg-type]
         ({"starts": torch.zeros(2, 5, dtype=torch.bool)}, "starts is a bool tensor"),
-        ({"lag": 2, "state": init_state(1, 4, 2, 4, 4, 3, 0, 0, torch.float32, "cpu")}, "start from a new state"),
+        (
+            {"lag": 2, "state": init_state(1, 4, 2, 4, 4, 3, 0, 0, torch.float32, "cpu")},
+            "start from a new state",
+        ),
     ],
 )
 def test_wrong_input_gets_one_clear_sentence(change: dict[str, Any], words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, NamedTuple
 
 import pytest
@@ -44,7 +45,10 @@ def cases(draw: st.DrawFn, documents: bool = True) -> Case:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     q = (randn(batch, length, kv_heads * groups, 4) * scale).requires_grad_()
-    k, v = randn(batch, length, kv_heads, 4).requires_grad_(), randn(batch, length, kv_heads, 3).requires_grad_()
+    k, v = (
+        randn(batch, length, kv_heads, 4).requires_grad_(),
+        randn(batch, length, kv_heads, 3).requires_grad_(),
+    )
     sinks = draw(st.sampled_from([None, (2,), (kv_heads * groups, 2)]))
     options = {
         "window": draw(st.sampled_from([1, 2, 4, 30])),
@@ -68,7 +72,7 @@ def test_splitting_a_sequence_changes_nothing(case: Case, data: st.DataObject) -
     y, log_mass, whole = window_attention(case.q, case.k, case.v, **case.options, **case.flags)
     edges = [0, *sorted(data.draw(st.sets(st.integers(1, length)))), length]
     outputs, state = [], None
-    for start, end in zip(edges, edges[1:], strict=False):
+    for start, end in itertools.pairwise(edges):
         if end > start:
             tensors, flags = case.piece(start, end)
             *output, state = window_attention(*tensors, **case.options, **flags, state=state)
@@ -80,7 +84,9 @@ def test_splitting_a_sequence_changes_nothing(case: Case, data: st.DataObject) -
     seen = whole.valid[..., None, None]
     assert torch.equal(state.k * seen, whole.k * seen) and torch.equal(state.v * seen, whole.v * seen)
     kept = (torch.arange(case.options["keep"]) < whole.length[:, None])[..., None, None]
-    assert torch.equal(state.kept_k * kept, whole.kept_k * kept) and torch.equal(state.kept_v * kept, whole.kept_v * kept)
+    assert torch.equal(state.kept_k * kept, whole.kept_k * kept) and torch.equal(
+        state.kept_v * kept, whole.kept_v * kept
+    )
 
 
 @given(cases(documents=False))
@@ -164,6 +170,11 @@ def test_fp32_errs_at_most_twice_as_much_as_plain_fp32(case: Case) -> None:
     ],
 )
 def test_wrong_input_gets_one_clear_sentence(change: dict[str, Any], words: str) -> None:
-    arguments = {"q": torch.zeros(1, 5, 4, 4), "k": torch.zeros(1, 5, 2, 4), "v": torch.zeros(1, 5, 2, 4), "window": 3}
+    arguments = {
+        "q": torch.zeros(1, 5, 4, 4),
+        "k": torch.zeros(1, 5, 2, 4),
+        "v": torch.zeros(1, 5, 2, 4),
+        "window": 3,
+    }
     with pytest.raises(LizardzooError, match=words):
         window_attention(**{**arguments, **change})

@@ -1,8 +1,9 @@
 """Gated linear attention with its own denominator and, optionally, a lag (Lizard, section 3.1).
 
-y_i = sum_t w_it v_t / sum_t w_it,  w_it = phi_q(q_i) . phi_k(k_t) exp(L_i - L_t + a_t),  L = cumsum log_decay, a = log_input,
-over the real tokens t <= i - lag of i's document that are not among its first `skip` ones. As a recurrence over the
-token j = i - lag that enters at step i: S_i = exp(log_decay_i) S_{i-1} + exp(a_j + L_i - L_j) phi_k(k_j) v_j^T.
+y_i = sum_t w_it v_t / sum_t w_it,  w_it = phi_q(q_i) . phi_k(k_t) exp(L_i - L_t + a_t),
+with L = cumsum log_decay and a = log_input, over the real tokens t <= i - lag of i's document that are not among its
+first `skip` ones. As a recurrence over the token j = i - lag that enters at step i:
+S_i = exp(log_decay_i) S_{i-1} + exp(a_j + L_i - L_j) phi_k(k_j) v_j^T.
 """
 
 from __future__ import annotations
@@ -152,7 +153,9 @@ def _check(
     check_qkv(OP, q, k, v)
     heads, kv_heads = q.shape[2], k.shape[2]
     for name, gate in (("log_decay", log_decay), ("log_input", log_input)):
-        fits = gate is None or (gate.ndim == 3 and gate.shape[:2] == q.shape[:2] and gate.shape[2] in (1, kv_heads, heads))
+        fits = gate is None or (
+            gate.ndim == 3 and gate.shape[:2] == q.shape[:2] and gate.shape[2] in (1, kv_heads, heads)
+        )
         if gate is not None and not fits:
             raise LizardzooError(
                 f"{OP}: {name} is [{q.shape[0]}, {q.shape[1]}, 1, {kv_heads} or {heads}], got {list(gate.shape)}"
@@ -168,4 +171,6 @@ def _check(
     if lag < 0 or skip < 0:
         raise LizardzooError(f"{OP}: lag and skip must be at least 0, got {lag} and {skip}")
     if state is not None and state.k.shape[1] != lag:
-        raise LizardzooError(f"{OP}: the state was made with lag={state.k.shape[1]}, got lag={lag}; start from a new state")
+        raise LizardzooError(
+            f"{OP}: the state was made with lag={state.k.shape[1]}, got lag={lag}; start from a new state"
+        )

@@ -45,7 +45,9 @@ def chunked(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts,
     weight = _per_head(delayed(past_input, log_input), memory_heads) + _waited(past_decay, log_decay, lag, memory_heads)
     # A waiting token of the incoming state is of document 0 and older than all that is new.
     rank = delayed(_past_ranks(rows, lag), rows.rank)
-    enters = delayed(past_valid, rows.valid) & (delayed(None, rows.document) == rows.document) & rows.valid & (rank >= skip)
+    enters = (
+        delayed(past_valid, rows.valid) & (delayed(None, rows.document) == rows.document) & rows.valid & (rank >= skip)
+    )
     weight = weight.masked_fill(~enters[..., None], NEG_INF)
 
     chunk = min(CHUNK, count)
@@ -61,7 +63,9 @@ def chunked(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts,
     value = _share(tiles(values.to(dtype)), memory_heads)  # [B, N, Hs, C, D]
     weight = tiles(weight, NEG_INF)  # [B, N, Hs, C]
     decay = tiles(_per_head(log_decay, memory_heads)).cumsum(-1)  # within the chunk: no exponent above 0
-    document = torch.cat([rows.document, rows.last_document().expand(-1, fill)], 1).unflatten(1, (-1, chunk))  # [B, N, C]
+    document = torch.cat([rows.document, rows.last_document().expand(-1, fill)], 1).unflatten(
+        1, (-1, chunk)
+    )  # [B, N, C]
     last = document[:, :, -1]
     previous = F.pad(last[:, :-1], (1, 0))  # the document the memory is in when the chunk begins
 
@@ -88,7 +92,7 @@ def chunked(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts,
     read = read[:, :, :, None, :, None] + (log_q - peak_q[..., None]) + old_scale[:, :, :, None, None]
     phi_q, phi_k = log_q - peak_q[..., None], log_k - peak_k[..., None]
     if feature_map is None or feature_map.activation == "exp":
-        # With logits of +-80 the largest and the smallest product are e^320 apart; so are the gradients of their factors.
+        # With logits of +-80 the largest and the smallest product are e^320 apart; so are their gradients.
         phi_q, phi_k = phi_q.double(), phi_k.double()
     phi_q, phi_k = phi_q.exp(), phi_k.exp()
     product = (phi_q.flatten(3, 4) @ phi_k.transpose(-1, -2)).unflatten(3, log_q.shape[3:5])  # [B, N, Hs, G, C, C]
@@ -154,11 +158,18 @@ def step(q, k, v, log_decay, log_input, feature_map, skip, mask, state):  # type
     y = torch.where(real[..., None], y.flatten(1, 2), 0.0)[:, None]
     log_mass = torch.where(real, log_mass.flatten(1, 2), NEG_INF)[:, None]
 
-    new = (new_kv, new_norm, new_scale, all_k[:, 1:], all_v[:, 1:], all_decay[:, 1:], all_input[:, 1:], all_valid[:, 1:])
+    new: tuple[Tensor, ...] = (
+        new_kv,
+        new_norm,
+        new_scale,
+        all_k[:, 1:],
+        all_v[:, 1:],
+        all_decay[:, 1:],
+        all_input[:, 1:],
+        all_valid[:, 1:],
+    )
     if mask is not None:  # a padded token changes nothing
-        new = tuple(
-            torch.where(real.view(-1, *[1] * (b.ndim - 1)), b, a) for a, b in zip(state[:8], new, strict=True)
-        )
+        new = tuple(torch.where(real.view(-1, *[1] * (b.ndim - 1)), b, a) for a, b in zip(state[:8], new, strict=True))
     return y.to(q.dtype), log_mass, (*new, length + real[:, 0].long())
 
 
@@ -192,7 +203,7 @@ def _per_head(gate: Tensor, memory_heads: int) -> Tensor:
 
 
 def _share(x: Tensor, memory_heads: int) -> Tensor:
-    """Key-side tensors [B, N, Hkv, ...] for each head of the memory: a copy only where query heads have gates of their own."""
+    """Key-side tensors [B, N, Hkv, ...] for each head of the memory: copied only where a gate is per query head."""
     return x if x.shape[2] == memory_heads else x.repeat_interleave(memory_heads // x.shape[2], 2)
 
 

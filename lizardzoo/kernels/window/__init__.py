@@ -98,7 +98,13 @@ def window_attention_step(
 
 
 def init_state(
-    batch: int, kv_heads: int, head_dim: int, window: int, keep: int, dtype: torch.dtype, device: torch.device | str
+    batch: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int,
+    keep: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
 ) -> WindowState:
     """The state before the first token."""
 

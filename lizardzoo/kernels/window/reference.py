@@ -38,7 +38,10 @@ def chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_sta
 
     qs = F.pad(q, (0, 0, 0, 0, 0, fill)).to(dtype) * scale
     qs = qs.view(batch, tiles, chunk, kv_heads, groups, dim).permute(0, 1, 3, 4, 2, 5)  # [B, tiles, Hkv, G, chunk, D]
-    ks, vs = key_tiles(extend(k, past_k).to(dtype)), key_tiles(extend(v, past_v).to(dtype))  # [.., Hkv, D, reach+chunk]
+    ks, vs = (
+        key_tiles(extend(k, past_k).to(dtype)),
+        key_tiles(extend(v, past_v).to(dtype)),
+    )  # [.., Hkv, D, reach+chunk]
     scores = (qs.flatten(3, 4) @ ks).unflatten(3, (groups, chunk))
 
     distance = torch.arange(chunk, device=q.device)[:, None] + reach - torch.arange(reach + chunk, device=q.device)

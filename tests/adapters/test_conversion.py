@@ -1,0 +1,195 @@
+"""Teacher to student and back from disk: exact where it must be, strict about every key, harmless to the teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import lizardzoo as lz
+from lizardzoo import LizardzooError
+from lizardzoo.adapters import is_new_parameter
+from lizardzoo.mixers import AttentionShape
+from tests.adapters.students import LAYERS, distance, student, tokens
+
+
+def test_softmax_everywhere_is_the_teacher_bit_for_bit(tiny_llama: Any) -> None:
+    ids = tokens(2, 30)
+    assert torch.equal(lz.linearize(tiny_llama, "softmax")(ids).logits, tiny_llama(ids).logits)
+
+
+@pytest.mark.parametrize("layers", [lz.Hybrid(window=16), lz.Window(window=16, keep=0), lz.Hybrid(window=16, sinks=0)])
+def test_a_prompt_within_the_window_is_answered_as_by_the_teacher(tiny_llama: Any, layers: Any) -> None:
+    ids = tokens(2, 40)
+    model = lz.linearize(tiny_llama, layers)
+    assert distance(model(ids[:, :16]).logits, tiny_llama(ids[:, :16]).logits) < 1e-5
+    assert distance(model(ids).logits, tiny_llama(ids).logits) > 1e-3  # and beyond it there is something to learn
+
+
+def test_conversion_copies_reports_and_leaves_the_teacher_alone(tiny_llama: Any) -> None:
+    before = {name: p.clone() for name, p in tiny_llama.state_dict().items()}
+    config = tiny_llama.config.to_dict()
+    model = student(tiny_llama, LAYERS["mixed"])
+    report, state = model.conversion_report, model.state_dict()
+    assert set(report.kept) == set(before) and report.dropped == []
+    assert set(report.new) == set(state) - set(before) and all(map(is_new_parameter, report.new))
+    assert all(torch.equal(state[name], before[name]) for name in before)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight.zero_()
+    assert all(torch.equal(p, before[name]) for name, p in tiny_llama.state_dict().items())
+    assert tiny_llama.config.to_dict() == config
+
+
+def test_a_folder_is_converted_like_a_model(tiny_folder: Path, tiny_llama: Any) -> None:
+    ids = tokens(1, 30)
+    from_folder = lz.linearize(tiny_folder, LAYERS["mixed"])
+    assert torch.equal(from_folder(ids).logits, lz.linearize(tiny_llama, LAYERS["mixed"])(ids).logits)
+    narrow = lz.linearize(tiny_folder, "recommended", dtype=torch.bfloat16)
+    dtypes = {is_new_parameter(name): p.dtype for name, p in narrow.named_parameters()}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_save_and_load_gives_the_same_logits(tiny_llama: Any, tmp_path: Path, name: str) -> None:
+    ids = tokens(2, 25)
+    model = student(tiny_llama, LAYERS[name])
+    model.save_pretrained(tmp_path)
+    for load in (lz.from_pretrained, AutoModelForCausalLM.from_pretrained):
+        again = load(tmp_path)
+        assert type(again) is type(model)
+        assert again.config.specs == LAYERS[name]
+        assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_bf16_checkpoint_keeps_its_new_parameters_in_fp32(tiny_llama: Any, tmp_path: Path) -> None:
+    model = student(tiny_llama, LAYERS["mixed"]).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    again = lz.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    for (name, p), q in zip(model.named_parameters(), again.parameters()):
+        assert p.dtype == q.dtype == (torch.float32 if is_new_parameter(name) else torch.bfloat16)
+        assert torch.equal(p, q)
+    assert again(tokens(1, 20)).logits.dtype == torch.bfloat16
+
+
+def test_another_window_needs_no_new_weights(tiny_llama: Any, tmp_path: Path) -> None:
+    ids = tokens(1, 60)
+    model = student(tiny_llama, [lz.Hybrid(window=4), lz.Softmax(), lz.Window(window=4)])
+    narrow = model(ids).logits
+    model.set_window(20)
+    assert [getattr(spec, "window", None) for spec in model.config.specs] == [20, None, 20]
+    wide = model(ids).logits
+    assert distance(wide, narrow) > 1e-4
+    model.save_pretrained(tmp_path)
+    assert torch.equal(lz.from_pretrained(tmp_path)(ids).logits, wide)
+    model.set_window([60, 60])
+    plain = lz.linearize(tiny_llama, [lz.Hybrid(window=60), lz.Softmax(), lz.Window(window=60)])
+    assert distance(model(ids).logits, plain(ids).logits) < 1e-5
+    with pytest.raises(LizardzooError, match="2 layers with a window, got 3"):
+        model.set_window([1, 2, 3])
+
+
+def test_calibration_brings_each_layer_closer_to_the_teacher(tiny_llama: Any) -> None:
+    ids = tokens(2, 60)
+    constant, calibrated = (lz.linearize(tiny_llama, lz.Hybrid(window=8), calibrate=c) for c in (None, ids))
+    errors = []
+    for model in (constant, calibrated):
+        found: list[torch.Tensor] = []
+
+        def compare(attention: Any, args: Any, kwargs: Any, output: Any, found: list[torch.Tensor] = found) -> Any:
+            target = attention.softmax_forward(*args, **kwargs)
+            q, k, v = attention.project(kwargs["hidden_states"])
+            found.append(_head_error(attention, kwargs, q, k, v))
+            return target
+
+        handles = [a.register_forward_hook(compare, with_kwargs=True) for a in model.attentions()]
+        with torch.no_grad():
+            model(ids, use_cache=False)
+        for handle in handles:
+            handle.remove()
+        errors.append(torch.stack(found))
+    assert (errors[1] <= errors[0] * 1.0001).all() and (errors[1] < errors[0] * 0.99).any()
+
+
+def _head_error(attention: Any, kwargs: Any, q: Any, k: Any, v: Any) -> torch.Tensor:
+    """Squared distance of each head's output from softmax attention's, by brute force."""
+    inputs = attention.inputs(**kwargs)
+    rotated_q, rotated_k = inputs.rotated()
+    scores = torch.einsum("bihd,bthd->bhit", rotated_q, rotated_k.repeat_interleave(2, 2)) * attention.scaling
+    scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), float("-inf"))
+    target = torch.einsum("bhit,bthd->bihd", scores.softmax(-1), v.repeat_interleave(2, 2))
+    return (attention.mixer(inputs)[0] - target).square().sum((0, 1, 3))
+
+
+def test_calibration_takes_text_with_a_tokenizer(tiny_folder: Path, tiny_llama: Any) -> None:
+    text = "gates and windows and all that is far away " * 20
+    model = lz.linearize(tiny_folder, lz.Hybrid(window=8), calibrate=text)
+    start = lz.linearize(tiny_llama, lz.Hybrid(window=8))
+    assert any(
+        not torch.equal(a.log_scale.bias, b.log_scale.bias)
+        for a, b in zip(model.mixers().values(), start.mixers().values())
+    )
+    with pytest.raises(LizardzooError, match="needs a tokenizer"):
+        lz.linearize(tiny_llama, lz.Hybrid(window=8), calibrate=text)
+    with pytest.raises(LizardzooError, match="no sequence longer than window"):
+        lz.linearize(tiny_folder, lz.Hybrid(window=2000), calibrate=text)
+    with pytest.raises(LizardzooError, match="calibration text is empty"):
+        lz.linearize(tiny_folder, lz.Hybrid(window=8), calibrate="")
+
+
+def test_what_cannot_be_converted_is_refused(tiny_llama: Any, tmp_path: Path) -> None:
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=20))
+    with pytest.raises(LizardzooError, match="cannot linearize a 'gpt2' model; supported architectures: llama"):
+        lz.linearize(gpt2)
+    with pytest.raises(LizardzooError, match="has 2 entries but the model has 3 layers"):
+        lz.linearize(tiny_llama, ["softmax", "window"])
+    with pytest.raises(LizardzooError, match="unknown preset 'lizzard'; there are: "):
+        lz.linearize(tiny_llama, "lizzard")
+    with pytest.raises(LizardzooError, match="linearized already"):
+        lz.linearize(lz.linearize(tiny_llama))
+    odd = LlamaForCausalLM(LlamaConfig(hidden_size=24, num_attention_heads=4, num_key_value_heads=3, head_dim=6,
+                                       num_hidden_layers=1, intermediate_size=8, vocab_size=20))  # fmt: skip
+    with pytest.raises(LizardzooError, match="4 query heads and 3 key heads"):
+        lz.linearize(odd)
+    with pytest.raises(LizardzooError, match="head_dim 5"):  # newer transformers refuse such a config themselves
+        AttentionShape(hidden_size=24, heads=4, kv_heads=4, head_dim=5, scale=1.0)
+
+
+def test_a_checkpoint_with_other_keys_is_refused(tiny_llama: Any, tiny_folder: Path, tmp_path: Path) -> None:
+    student(tiny_llama, LAYERS["hybrid"]).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    gone = "model.layers.1.self_attn.mixer.linear.decay.bias"
+    for broken, words in (
+        ({n: w for n, w in weights.items() if n != gone}, f"1 missing .*{gone}"),
+        ({**weights, "model.layers.0.extra": torch.zeros(2)}, "1 unexpected .*model.layers.0.extra"),
+    ):
+        save_file(broken, file, metadata={"format": "pt"})
+        with pytest.raises(LizardzooError, match=words):
+            lz.from_pretrained(tmp_path)
+    with pytest.raises(LizardzooError, match=r"plain 'llama' model.*lizardzoo\.linearize"):
+        lz.from_pretrained(tiny_folder)
+
+
+def test_layers_survive_the_config_exactly(tiny_llama: Any, tmp_path: Path) -> None:
+    config = lz.linearize(tiny_llama, LAYERS["mixed"]).config
+    config.save_pretrained(tmp_path)
+    again = AutoConfig.from_pretrained(tmp_path)
+    assert again.model_type == "lizard_llama" and again.layers == config.layers
+    assert again.layer_types == ["lizardzoo_mixer", "full_attention", "lizardzoo_mixer"]
+    changed = AutoConfig.from_pretrained(tmp_path, layers=["softmax"] * 3)
+    assert changed.layer_types == ["full_attention"] * 3  # derived, never stale
+
+
+def test_the_same_laws_on_a_real_model(smollm2: Any) -> None:
+    """Bit for bit with softmax everywhere; within 1e-4 of logits of about 20 up to the window, untrained."""
+    teacher, tokenizer = smollm2
+    ids = tokenizer(Path(__file__).read_text(), return_tensors="pt")["input_ids"][:, :128]
+    with torch.no_grad():
+        expected = teacher(ids).logits
+        assert torch.equal(lz.linearize(teacher, "softmax")(ids).logits, expected)
+        recommended = lz.linearize(teacher, "recommended")
+        assert (recommended(ids).logits - expected).abs().max() <= 1e-4
