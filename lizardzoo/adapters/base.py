@@ -49,7 +49,7 @@ class LizardConfigMixin:
     layers: Any
 
     def __post_init__(self, **kwargs: Any) -> None:
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[misc]
         self.normalize_layers()
 
     def normalize_layers(self) -> None:
@@ -89,7 +89,7 @@ class MixedAttention(nn.Module):
     layer_idx: int
 
     def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)  # type: ignore[call-arg]
+        super().__init__(config, layer_idx)
         spec = config.specs[layer_idx]
         self.mixer = None
         if not spec.keeps_softmax:

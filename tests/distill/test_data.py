@@ -218,9 +218,7 @@ def test_wrong_columns_of_a_dataset_are_named(tiny_tokenizer):
 
 
 def test_an_unknown_dataset_is_named(tiny_tokenizer):
-    with pytest.raises(
-        LizardzooError, match='cannot load the dataset "nobody/nothing", split "train"'
-    ) as error:
+    with pytest.raises(LizardzooError, match='cannot load the dataset "nobody/nothing", split "train"') as error:
         load_data("nobody/nothing", tiny_tokenizer, 8)
     assert "\n" not in str(error.value)
 

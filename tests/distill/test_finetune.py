@@ -207,7 +207,5 @@ def test_a_non_finite_loss_names_the_layer_and_takes_lora_out_again(train, at_st
 
 def test_a_non_finite_teacher_is_told_from_a_non_finite_student(train, tiny_llama):
     tiny_llama.lm_head.weight = nn.Parameter(tiny_llama.lm_head.weight * float("nan"))
-    with pytest.raises(
-        NonFiniteError, match="step 1: the loss is not finite, though every layer's output is"
-    ):
+    with pytest.raises(NonFiniteError, match="step 1: the loss is not finite, though every layer's output is"):
         train(stages=["finetune"], teacher=tiny_llama)

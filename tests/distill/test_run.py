@@ -44,9 +44,7 @@ def test_a_run_leaves_both_models_the_log_the_plots_and_the_recipe(train, studen
         final = lz.from_pretrained(train.folder / "final")
         assert torch.equal(final(batch).logits, student(batch).logits)
         assert final.config.use_cache
-        assert not torch.equal(
-            lz.from_pretrained(train.folder / "transfer")(batch).logits, final(batch).logits
-        )
+        assert not torch.equal(lz.from_pretrained(train.folder / "transfer")(batch).logits, final(batch).logits)
     for name in ("transfer", "final"):
         assert (train.folder / name / "tokenizer.json").is_file()
 
@@ -58,9 +56,7 @@ def test_a_run_says_nothing_unless_asked(train, capfd, student):
     assert "finetune" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("stage", "step"), [("transfer", 1), ("transfer", 5), ("transfer", 9), ("finetune", 4)]
-)
+@pytest.mark.parametrize(("stage", "step"), [("transfer", 1), ("transfer", 5), ("transfer", 9), ("finetune", 4)])
 def test_a_resumed_run_equals_an_uninterrupted_one_exactly(
     stage, step, train, at_step, tiny_llama, layers, tmp_path, monkeypatch
 ):
@@ -74,18 +70,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one_exactly(
     resumed = train(lz.linearize(tiny_llama, layers), checkpoint_every=2, resume=True)
     for name in ("transfer", "finetune"):
         assert train.log(name) == train.log(name, tmp_path / "whole")
-    for (name, expected), found in zip(
-        whole.state_dict().items(), resumed.state_dict().values(), strict=True
-    ):
+    for (name, expected), found in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(expected, found), name
     left, expected = contents(train.folder), contents(tmp_path / "whole")
     assert left.keys() == expected.keys()
     assert {n for n in left if left[n] != expected[n]} <= {"loss.png", "layer_error.png"}
 
 
-def test_a_run_interrupted_between_the_stages_goes_on_with_the_second(
-    train, tiny_llama, layers, tmp_path, monkeypatch
-):
+def test_a_run_interrupted_between_the_stages_goes_on_with_the_second(train, tiny_llama, layers, tmp_path, monkeypatch):
     whole = train(lz.linearize(tiny_llama, layers), output_dir=tmp_path / "whole")
     train(lz.linearize(tiny_llama, layers), stages=["transfer"])
     before = contents(train.folder / "transfer")
@@ -242,9 +234,7 @@ def test_a_teacher_may_be_a_folder(train, tiny_folder, recipe):
 
 
 def test_data_that_give_less_than_a_batch_are_refused(train, texts):
-    with pytest.raises(
-        LizardzooError, match=r"the data give 2 sequences of 48 tokens, fewer than one batch of 4"
-    ):
+    with pytest.raises(LizardzooError, match=r"the data give 2 sequences of 48 tokens, fewer than one batch of 4"):
         train(data=texts[:1])
     assert not train.folder.exists()
 
@@ -257,9 +247,7 @@ def test_packed_data_may_be_given(train, texts, tiny_tokenizer, tmp_path):
 
 def test_a_missing_package_is_named(train, monkeypatch):
     monkeypatch.setattr(run_module.importlib.util, "find_spec", lambda name: None if name == "peft" else True)
-    with pytest.raises(
-        LizardzooError, match=r"training needs the package peft; pip install 'lizardzoo\[train\]'"
-    ):
+    with pytest.raises(LizardzooError, match=r"training needs the package peft; pip install 'lizardzoo\[train\]'"):
         train()
     assert importlib.util is run_module.importlib.util
 

@@ -94,8 +94,7 @@ def test_gradient_checkpointing_changes_no_loss(train, tiny_llama, layers, tmp_p
     other = lz.linearize(tiny_llama, layers)
     train(other, stages=["transfer"], output_dir=tmp_path / "other", gradient_checkpointing=True)
     expected, found = (
-        [entry["loss"] for entry in train.log("transfer", folder)]
-        for folder in (train.folder, tmp_path / "other")
+        [entry["loss"] for entry in train.log("transfer", folder)] for folder in (train.folder, tmp_path / "other")
     )
     assert found == pytest.approx(expected, rel=1e-6)
     assert not any(getattr(module, "gradient_checkpointing", False) for module in other.modules())
@@ -143,9 +142,7 @@ def test_every_parameter_has_the_rate_of_its_kind(student):
     assert Finetune(steps=1).lora_rate > 0
 
 
-def test_a_non_finite_error_names_step_layer_and_checkpoint_and_keeps_the_good_weights(
-    train, at_step, student
-):
+def test_a_non_finite_error_names_step_layer_and_checkpoint_and_keeps_the_good_weights(train, at_step, student):
     kept = {}
 
     def poison(model):
@@ -153,9 +150,7 @@ def test_a_non_finite_error_names_step_layer_and_checkpoint_and_keeps_the_good_w
         model.mixers()[2].log_scale.bias.data.fill_(float("nan"))
 
     at_step("transfer", 5, poison)
-    with pytest.raises(
-        NonFiniteError, match=r"transfer, step 6: the error of layer 2 is not finite"
-    ) as error:
+    with pytest.raises(NonFiniteError, match=r"transfer, step 6: the error of layer 2 is not finite") as error:
         train(checkpoint_every=2)
     checkpoint = train.folder / "checkpoints" / "transfer" / "checkpoint-4"
     assert str(checkpoint) in str(error.value)
