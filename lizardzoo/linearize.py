@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
@@ -64,7 +66,8 @@ def linearize(
         config = AutoConfig.from_pretrained(source)
         adapter = find_adapter(config)
         specs = resolve_layers(layers, config.num_hidden_layers)  # a wrong list costs no download
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+        with _readable_weights(source):
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
     else:
         adapter = find_adapter(model.config)
         specs = resolve_layers(layers, model.config.num_hidden_layers)
@@ -96,7 +99,8 @@ def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
             f"{name_or_path} holds a plain {config.model_type!r} model, not a linearized one; "
             f"make one with lizardzoo.linearize({str(name_or_path)!r})"
         )
-    model, info = adapter.model_class.from_pretrained(str(name_or_path), output_loading_info=True, **kwargs)
+    with _readable_weights(name_or_path):
+        model, info = adapter.model_class.from_pretrained(str(name_or_path), output_loading_info=True, **kwargs)
     problems = [
         f"{len(names)} {what} (first: {sorted(map(str, names))[0]})"
         for what, names in (
@@ -195,6 +199,16 @@ def _tokenize(text: str, tokenizer: Any, source: str | None) -> Tensor:
     if count == 0:
         raise LizardzooError("the calibration text is empty; give a text longer than the window, or none")
     return ids[: count * length].view(count, length)
+
+
+@contextmanager
+def _readable_weights(source: str | Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise LizardzooError(
+            f"a weight file of {source} is damaged or cut short ({error}); download or save the checkpoint again"
+        ) from error
 
 
 def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:

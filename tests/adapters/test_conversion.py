@@ -170,6 +170,9 @@ def test_a_checkpoint_with_other_keys_is_refused(tiny_llama: Any, tiny_folder: P
         save_file(broken, file, metadata={"format": "pt"})
         with pytest.raises(LizardzooError, match=words):
             lz.from_pretrained(tmp_path)
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(LizardzooError, match="damaged or cut short"):
+        lz.from_pretrained(tmp_path)
     with pytest.raises(LizardzooError, match=r"plain 'llama' model.*lizardzoo\.linearize"):
         lz.from_pretrained(tiny_folder)
 
