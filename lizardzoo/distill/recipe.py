@@ -42,9 +42,9 @@ class Stage:
     schedule: str = "cosine"
     """How the learning rates fall after the warm-up: cosine, linear or constant."""
     warmup: float = 0.1
-    """Fraction of the steps in which the learning rates rise from 0."""
+    """Fraction of the steps in which the learning rates rise, from `floor` to their peak."""
     floor: float = 0.1
-    """Fraction of its peak at which a cosine or linear schedule ends."""
+    """Fraction of its peak at which a learning rate starts, and where a cosine or linear schedule ends."""
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
     weight_decay: float = 0.0

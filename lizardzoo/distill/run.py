@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,10 @@ def run(
     stages = _check_stages(stages)
     _check_student(model, stages)
     _check_folder(folder, resume)
+    from accelerate import PartialState
+
     from lizardzoo.distill.finetune import check_targets
+    from lizardzoo.distill.plots import plot
     from lizardzoo.distill.trainer import StepLog, training_arguments
 
     if "finetune" in stages:
@@ -65,32 +68,52 @@ def run(
         for name in stages
     }
     finished = _finished(folder, stages)
-    _write_manifest(folder, _manifest(model, recipe, datasets, teacher))
+    processes = PartialState()
+    processes.wait_for_everyone()  # all have looked into the folder
+    if processes.is_main_process:
+        _write_manifest(folder, _manifest(model, recipe, datasets, teacher))
+    processes.wait_for_everyone()
 
-    if finished:
-        _load_weights(model, folder / FOLDERS[finished[-1]])
-    for name in stages:
-        if name in finished:
-            continue
-        log = StepLog(name, folder / "log.jsonl", progress)
-        common = {"gradient_checkpointing": gradient_checkpointing}
-        data, given = datasets[name], arguments[name]
-        try:
-            if name == "transfer":
-                from lizardzoo.distill.transfer import transfer
+    with _bars(progress):
+        if finished:
+            _load_weights(model, folder / FOLDERS[finished[-1]])
+        for name in stages:
+            if name in finished:
+                continue
+            log = StepLog(name, folder / "log.jsonl", progress)
+            common = {"gradient_checkpointing": gradient_checkpointing}
+            data, given = datasets[name], arguments[name]
+            try:
+                if name == "transfer":
+                    from lizardzoo.distill.transfer import transfer
 
-                transfer(model, recipe.transfer, data, given, log, **common)
-            else:
-                from lizardzoo.distill.finetune import finetune
+                    transfer(model, recipe.transfer, data, given, log, **common)
+                else:
+                    from lizardzoo.distill.finetune import finetune
 
-                finetune(model, recipe.finetune, data, given, log, teacher=teacher, **common)
-        finally:
-            if given.should_save:
-                plot(folder)
-        if given.should_save:
-            _save(model, tokenizer, folder / FOLDERS[name])
-            _remove_checkpoints(Path(given.output_dir))
+                    finetune(model, recipe.finetune, data, given, log, teacher=teacher, **common)
+            finally:
+                if processes.is_main_process:
+                    plot(folder)
+            if processes.is_main_process:
+                _save(model, tokenizer, folder / FOLDERS[name])
+                _remove_checkpoints(Path(given.output_dir))
     return model
+
+
+@contextlib.contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """Without `shown`, transformers' own progress bars (for loading and saving) stay away."""
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    if before and not shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before and not shown:
+            logging.enable_progress_bar()
 
 
 def _check_packages() -> None:
@@ -249,58 +272,3 @@ def _load_weights(model: Any, folder: Path) -> None:
     from lizardzoo.linearize import from_pretrained
 
     model.load_state_dict(from_pretrained(folder).state_dict())
-
-
-PANELS = {
-    ("transfer", "loss"): "transfer: layer error",
-    ("finetune", "kl"): "finetune: KL to the teacher, nats",
-    ("finetune", "cross_entropy"): "finetune: cross-entropy, nats",
-}
-
-
-def plot(folder: Path) -> None:
-    """Draw `loss.png` and `layer_error.png` from `log.jsonl`."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    from lizardzoo.distill.trainer import read_log
-
-    def panels(count: int) -> tuple[Any, Any]:
-        figure = Figure(figsize=(5 * count, 3.5), layout="constrained")
-        axes = figure.subplots(1, count, squeeze=False)[0]
-        for axis in axes:
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.grid(alpha=0.3)
-        return figure, axes
-
-    entries = read_log(folder / "log.jsonl")
-    series = {
-        key: [(entry["step"], entry[key[1]]) for entry in entries if entry["stage"] == key[0] and key[1] in entry]
-        for key in PANELS
-    }
-    if not any(series.values()):
-        return
-    figure, axes = panels(sum(map(bool, series.values())))
-    for axis, (key, points) in zip(axes, [item for item in series.items() if item[1]]):
-        axis.plot(*zip(*points))
-        axis.set(title=PANELS[key], xlabel="step", ylim=(0, None))
-    figure.savefig(folder / "loss.png", dpi=120)
-
-    steps = [entry for entry in entries if "layer_error" in entry]
-    if not steps:
-        return
-    layers = sorted(map(int, steps[0]["layer_error"]))
-    figure, (left, right) = panels(2)
-    for offset, entry, label in ((-0.2, steps[0], "first step"), (0.2, steps[-1], "last step")):
-        heights = [entry["layer_error"][str(layer)] for layer in layers]
-        left.bar([layer + offset for layer in layers], heights, width=0.4, label=label)
-    left.set(title="error / variance of the target", xlabel="layer")
-    left.legend()
-    for layer in layers:
-        errors = [entry["layer_error"][str(layer)] for entry in steps]
-        color = colormaps["viridis"](layer / max(1, layers[-1]))
-        right.plot([entry["step"] for entry in steps], errors, color=color, label=str(layer))
-    right.set(title="by layer", xlabel="step", ylim=(0, None))
-    right.legend(ncols=1 + len(layers) // 10, fontsize="x-small")
-    figure.savefig(folder / "layer_error.png", dpi=120)

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+from transformers.utils import logging
 
 import lizardzoo as lz
 from lizardzoo.distill import run as run_module
@@ -49,9 +50,12 @@ def test_a_run_leaves_both_models_the_log_the_plots_and_the_recipe(train, studen
         assert (train.folder / name / "tokenizer.json").is_file()
 
 
-def test_a_run_says_nothing_unless_asked(train, capfd, student):
+def test_a_run_says_nothing_unless_asked(train, capfd, monkeypatch):
+    monkeypatch.setattr(logging, "_tqdm_active", True)  # the tests' environment switches bars off
+    monkeypatch.setattr(logging.hf_hub_utils, "enable_progress_bars", lambda: None)  # so this would warn
     train()
     assert capfd.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled()
     train(output_dir=train.folder.with_name("loud"), stages=["finetune"], progress=True)
     assert "finetune" in capfd.readouterr().err
 

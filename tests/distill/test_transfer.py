@@ -1,6 +1,7 @@
 """Stage 1: the stream stays the teacher's, only mixers move, and their errors fall."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -92,12 +93,28 @@ def test_stage_1_lowers_every_layers_error_and_moves_new_parameters_only(train, 
 def test_gradient_checkpointing_changes_no_loss(train, tiny_llama, layers, tmp_path):
     train(stages=["transfer"])
     other = lz.linearize(tiny_llama, layers)
+    calls = []
+    other.mixers()[0].register_forward_pre_hook(lambda *_: calls.append(1))
     train(other, stages=["transfer"], output_dir=tmp_path / "other", gradient_checkpointing=True)
+    assert len(calls) == 20  # forward, and again in backward
     expected, found = (
         [entry["loss"] for entry in train.log("transfer", folder)] for folder in (train.folder, tmp_path / "other")
     )
     assert found == pytest.approx(expected, rel=1e-6)
     assert not any(getattr(module, "gradient_checkpointing", False) for module in other.modules())
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_the_learning_rate_rises_from_the_floor_and_falls_back_to_it(schedule, train, recipe):
+    stage = dataclasses.replace(recipe.transfer, schedule=schedule, warmup=0.2, floor=0.1, scalar_rate=1e-3)
+    train(recipe=dataclasses.replace(recipe, transfer=stage), stages=["transfer"])
+    found = [entry["learning_rate"] / stage.feature_map_rate for entry in train.log("transfer")]
+    fall = {
+        "cosine": lambda progress: 0.55 + 0.45 * math.cos(math.pi * progress),
+        "linear": lambda progress: 1 - 0.9 * progress,
+        "constant": lambda progress: 1.0,
+    }[schedule]
+    assert found == pytest.approx([0.1, 0.55, *(fall(i / 8) for i in range(8))])
 
 
 def test_packed_documents_are_isolated_in_teacher_and_student(train, recipe):
