@@ -17,6 +17,8 @@ from lizardzoo.errors import LizardzooError
 from lizardzoo.mixers.base import Mixer, MixerInputs
 
 MIXER_LAYER_TYPE = "lizardzoo_mixer"
+SLIDING_MIXER_LAYER_TYPE = "lizardzoo_mixer_sliding"
+"""The same in a layer whose teacher has a sliding window of its own: there softmax_mode needs that mask."""
 
 
 class _Record(NamedTuple):
@@ -142,6 +144,12 @@ class MixerCacheLayer(CacheLayerMixin):
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
         self.state = map_state(fn, self.state)
         self._records = []
+
+
+class SlidingMixerCacheLayer(MixerCacheLayer):
+    """The same under the other layer type."""
+
+    _layer_type = SLIDING_MIXER_LAYER_TYPE
 
 
 def map_state(fn: Callable[[Tensor], Tensor], state: Any, done: dict[int, Tensor] | None = None) -> Any:

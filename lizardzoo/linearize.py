@@ -157,6 +157,7 @@ def _convert_config(teacher: PreTrainedConfig, adapter: Adapter, layers: list[di
     for name in ("model_type", "architectures", "layer_types", "transformers_version", "quantization_config"):
         fields.pop(name, None)
     fields.pop("torch_dtype", None)
+    fields["teacher_layer_types"] = getattr(teacher, "layer_types", None)
     config = adapter.config_class(**fields, layers=layers)
     config._attn_implementation = teacher._attn_implementation
     config.base_model_name_or_path = teacher._name_or_path or None

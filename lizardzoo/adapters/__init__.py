@@ -1,6 +1,16 @@
 """Adapters: the Hugging Face architectures that can be linearized. Importing this package registers them."""
 
-from lizardzoo.adapters import llama
-from lizardzoo.adapters.base import ADAPTERS, Adapter, is_new_parameter, softmax_mode
+from lizardzoo.adapters import llama, mistral, qwen2, qwen3
+from lizardzoo.adapters.base import ADAPTERS, Adapter, is_new_parameter, register_adapter, softmax_mode
 
-__all__ = ["ADAPTERS", "Adapter", "is_new_parameter", "llama", "softmax_mode"]
+__all__ = [
+    "ADAPTERS",
+    "Adapter",
+    "is_new_parameter",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "register_adapter",
+    "softmax_mode",
+]

@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from lizardzoo import mixers as _builtin_mixers  # noqa: F401  registers the mixers that a config.json may name
-from lizardzoo.cache import MIXER_LAYER_TYPE, MixerCacheLayer
+from lizardzoo.cache import MIXER_LAYER_TYPE, SLIDING_MIXER_LAYER_TYPE, MixerCacheLayer
 from lizardzoo.config import MixerSpec, resolve_layers
 from lizardzoo.errors import LizardzooError
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
@@ -36,6 +37,14 @@ class Adapter:
 ADAPTERS: Registry[Adapter] = Registry("architecture", group="lizardzoo.adapters")
 
 
+def register_adapter(model_type: str, config_class: Any, model_class: Any) -> Adapter:
+    """Make a family known: to `linearize` by its teacher's `model_type`, to transformers' Auto classes by its own."""
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModel.register(config_class, model_class.base_model_class, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    return ADAPTERS.add(model_type, Adapter(model_type, config_class, model_class))
+
+
 def is_new_parameter(name: str) -> bool:
     """Whether a parameter name belongs to a mixer (and not to the teacher)."""
     return ".self_attn.mixer." in name
@@ -44,9 +53,8 @@ def is_new_parameter(name: str) -> bool:
 class LizardConfigMixin:
     """Adds `layers`, the list of spec dicts, to a family's config. `layer_types` follows from it."""
 
-    softmax_layer_type: ClassVar[str] = "full_attention"
-
     layers: Any
+    teacher_layer_types: Any
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
@@ -65,11 +73,20 @@ class LizardConfigMixin:
     @property
     def layer_types(self) -> list[str]:
         """Which cache layer each layer gets: derived from `layers`, so that it can never be stale."""
-        return [self.softmax_layer_type if spec.keeps_softmax else MIXER_LAYER_TYPE for spec in self.specs]
+        mixing = {"full_attention": MIXER_LAYER_TYPE, "sliding_attention": SLIDING_MIXER_LAYER_TYPE}
+        return [own if spec.keeps_softmax else mixing[own] for own, spec in zip(self.own_layer_types, self.specs)]
 
     @layer_types.setter
     def layer_types(self, value: Any) -> None:
-        """Ignored: `layers` says it (a config.json carries the derived value too)."""
+        """Ignored: `layers` says it (the families' own constructors set it)."""
+
+    @property
+    def own_layer_types(self) -> list[str]:
+        """What each layer's attention is in the teacher: "full_attention" or "sliding_attention"."""
+        if self.teacher_layer_types is not None:
+            return list(self.teacher_layer_types)
+        sliding = getattr(self, "sliding_window", None) is not None
+        return ["sliding_attention" if sliding else "full_attention"] * self.num_hidden_layers  # type: ignore[attr-defined]
 
     def validate_layer_type(self) -> None:
         """transformers knows its own layer types only."""
@@ -94,6 +111,8 @@ class MixedAttention(nn.Module):
         self.mixer = None
         if not spec.keeps_softmax:
             self.mixer = spec.build(attention_shape(config))
+            if config.own_layer_types[layer_idx] == "sliding_attention":
+                self.sliding_window = config.sliding_window  # for `softmax_forward`
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, D], k, v [B, T, Hkv, D], before RoPE."""
@@ -204,6 +223,53 @@ class MixedModel(nn.Module):
         )
 
 
+class LayerwiseMasks(nn.Module):
+    """Mixin behind MixedModel for families whose layers look their mask up by layer type (Qwen): adds the mixers'."""
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the family's own, given the masks it would have made."""
+        config: Any = self.config
+        use_cache = config.use_cache if use_cache is None else use_cache
+        if inputs_embeds is None and input_ids is not None:
+            inputs_embeds, input_ids = self.embed_tokens(input_ids), None  # type: ignore[operator]
+        if inputs_embeds is not None:
+            if use_cache and past_key_values is None:
+                past_key_values = DynamicCache(config=config)
+            if position_ids is None:
+                seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+                position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+            given = {
+                "config": config,
+                "inputs_embeds": inputs_embeds,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                "position_ids": position_ids,
+            }
+            full = create_causal_mask(**given)
+            attention_mask = {"full_attention": full, MIXER_LAYER_TYPE: full}  # type: ignore[assignment]
+            if "sliding_attention" in config.own_layer_types:
+                sliding = create_sliding_window_causal_mask(**given)
+                attention_mask |= {"sliding_attention": sliding, SLIDING_MIXER_LAYER_TYPE: sliding}  # type: ignore[operator]
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+
 class MixedPreTrained:
     """Mixin for a family's PreTrainedModel: start values and dtype of the new parameters."""
 
@@ -222,9 +288,18 @@ class MixedPreTrained:
 class MixedForCausalLM:
     """Mixin for the causal LM: what users ask a linearized model for."""
 
+    base_model_class: ClassVar[type]
+
+    def __init__(self, config: Any) -> None:
+        PreTrainedModel.__init__(self, config)
+        self.model = self.base_model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()  # type: ignore[attr-defined]
+
     def attentions(self) -> list[Any]:
         """All layers' attentions; `.mixer` is None where softmax is kept."""
-        return [layer.self_attn for layer in self.model.layers]  # type: ignore[attr-defined]
+        return [layer.self_attn for layer in self.model.layers]
 
     def mixers(self) -> dict[int, Mixer]:
         """The mixers by layer index; softmax layers are absent."""

@@ -3,25 +3,16 @@
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
-from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaPreTrainedModel
 
 from lizardzoo.adapters.base import (
-    ADAPTERS,
-    Adapter,
     LizardConfigMixin,
     MixedAttention,
     MixedForCausalLM,
     MixedModel,
     MixedPreTrained,
+    register_adapter,
 )
 
 
@@ -33,6 +24,7 @@ class LizardLlamaConfig(LizardConfigMixin, LlamaConfig):
     base_model_tp_plan: ClassVar[Any] = None  # a plan would have to shard the mixers' per-head parameters too
 
     layers: list[Any] | str | None = None
+    teacher_layer_types: list[str] | None = None
 
 
 class LizardLlamaAttention(MixedAttention, LlamaAttention):
@@ -54,15 +46,7 @@ class LizardLlamaModel(MixedModel, LizardLlamaPreTrainedModel, LlamaModel):
 class LizardLlamaForCausalLM(MixedForCausalLM, LizardLlamaPreTrainedModel, LlamaForCausalLM):
     """LlamaForCausalLM with a mixer per layer."""
 
-    def __init__(self, config: LizardLlamaConfig) -> None:
-        LlamaPreTrainedModel.__init__(self, config)  # not LlamaForCausalLM's: it would build a LlamaModel first
-        self.model = LizardLlamaModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    base_model_class = LizardLlamaModel
 
 
-ADAPTERS.add("llama", Adapter("llama", LizardLlamaConfig, LizardLlamaForCausalLM))
-AutoConfig.register("lizard_llama", LizardLlamaConfig, exist_ok=True)
-AutoModel.register(LizardLlamaConfig, LizardLlamaModel, exist_ok=True)
-AutoModelForCausalLM.register(LizardLlamaConfig, LizardLlamaForCausalLM, exist_ok=True)
+register_adapter("llama", LizardLlamaConfig, LizardLlamaForCausalLM)
