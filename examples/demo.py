@@ -1,88 +1,272 @@
-"""The demo's text: the documentation of the Python standard library, read from the installed interpreter.
+"""The whole way on a real model: linearize, distil, compare with the teacher, save, reload, speak.
 
-Nothing is downloaded. A module's document is its documentation strings in the order of the source, each under
-the signature of what it documents. Modules held out for evaluation never appear in training, and neither does
-a documentation string of theirs that a training module repeats word for word.
+Run it with `make demo`, or `python examples/demo.py --out FOLDER` where `lizardzoo[demo]` is installed: two CPU
+cores, less than 10 minutes, 4 GB of memory, no GPU. The teacher is SmolLM2-135M-Instruct.
+
+The text is the documentation of the Python standard library (stdlib_text.py); some modules are held out.
 """
 
 from __future__ import annotations
 
-import ast
-import sysconfig
-from collections.abc import Iterator
+import argparse
+import copy
+import json
+import logging
+import math
+import platform
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import torch
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.panel import Panel
+from rich.progress import Progress
+from rich.table import Table
+from stdlib_text import documentation
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
+
+import lizardzoo as lz
+from lizardzoo import evaluate
+from lizardzoo.distill import distill, recipe_from
 from lizardzoo.errors import LizardzooError
+from lizardzoo.evaluate.positions import Bucket
+from lizardzoo.evaluate.report import Report, human_bytes
+from lizardzoo.smollm2 import load_teacher
 
-# Both lists: modules that every Python from 3.10 on has and that no distribution packs apart. HELD_OUT: long
-# ones, each on a subject of its own, so that one fills a sequence of 2,048 tokens and little of it is said
-# elsewhere.
-HELD_OUT = (
-    "statistics", "difflib", "tarfile", "threading", "smtplib", "http.cookiejar", "configparser", "shutil",
-)  # fmt: skip
-TRAIN = (
-    "_pydecimal", "typing", "doctest", "ipaddress", "logging", "inspect", "_pyio", "unittest.mock",
-    "logging.handlers", "xml.etree.ElementTree", "email.message", "pickletools", "imaplib",
-    "unittest.case", "pdb", "codecs", "os", "subprocess", "urllib.request", "ssl", "collections",
-    "http.server", "ftplib", "urllib.parse", "optparse", "socketserver", "xmlrpc.server", "json",
-    "uuid", "datetime", "pydoc", "mailbox", "traceback", "socket", "enum", "bdb", "asyncio.events",
-    "http.client", "ast", "argparse", "xml.sax.handler", "asyncio.base_events", "fractions",
-    "asyncio.tasks", "platform", "textwrap", "functools", "random", "tempfile", "pkgutil",
-    "asyncio.locks", "concurrent.futures._base", "concurrent.futures.process", "_collections_abc",
-    "lzma", "pickle", "wave", "mimetypes", "timeit", "contextlib", "heapq", "string", "calendar", "csv",
-    "gzip", "html.parser", "locale", "numbers", "plistlib", "sched", "selectors", "shelve", "trace",
-    "weakref", "email._header_value_parser", "email._policybase", "email.charset", "email.header",
-    "email.generator", "email.feedparser", "email.headerregistry", "zipfile", "pathlib",
-    "importlib._bootstrap", "importlib._bootstrap_external", "importlib.abc", "importlib.metadata",
-    "xml.sax.xmlreader", "unittest.loader", "unittest.suite", "asyncio.streams", "asyncio.queues",
-    "asyncio.subprocess", "asyncio.runners", "asyncio.futures", "asyncio.transports",
-    "multiprocessing.context", "multiprocessing.managers", "multiprocessing.pool",
-    "multiprocessing.shared_memory", "json.encoder", "json.decoder", "wsgiref.handlers",
-    "wsgiref.headers", "wsgiref.simple_server", "urllib.robotparser", "xmlrpc.client", "rlcompleter",
-    "code", "codeop", "cmd", "filecmp", "fileinput", "fnmatch", "genericpath", "getopt", "getpass",
-    "gettext", "glob", "graphlib", "hashlib", "hmac", "keyword", "linecache", "modulefinder", "netrc",
-    "operator", "poplib", "posixpath", "pprint", "pstats", "py_compile", "pyclbr", "queue", "quopri",
-    "reprlib", "runpy", "shlex", "signal", "site", "stat", "stringprep", "symtable", "tabnanny",
-    "token", "tokenize", "types", "venv", "warnings", "webbrowser", "zipapp", "zipimport",
-)  # fmt: skip
+OUT = Path("out/demo")
+RECIPE = "demo"
+EVALUATION = (4, 2048)
+"""Held-out sequences (the beginning of one module each) and their length: twice that of training."""
+CALIBRATION = (2, 1024)
+QUESTION = "Write a short story about a lizard that loses its tail."
+NEW_TOKENS = 160
+"""Prompt and answer are longer than the window."""
 
-Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+BEFORE, TRANSFERRED, FINETUNED = "student, untrained", "student, after stage 1", "student, after stage 2"
+LENGTHS = (2048, 32768)
+"""Lengths in tokens at which the closing table counts memory."""
+
+console = Console()
 
 
-def documentation() -> tuple[list[str], list[str]]:
-    """Training and held-out documents, one per module, in the order of the lists above.
+@dataclass(frozen=True)
+class Summary:
+    """One model of the closing table; `inside` are positions below the window, `beyond` all others."""
 
-    Raises LizardzooError where this Python comes without the sources of its standard library.
-    """
-    train = [list(_entries(module)) for module in TRAIN]
-    seen = {text for entries in train for _, text in entries}
-    held_out = [[entry for entry in _entries(module) if entry[1] not in seen] for module in HELD_OUT]
-    return [_document(entries) for entries in train], [_document(entries) for entries in held_out]
-
-
-def _document(entries: list[tuple[str, str]]) -> str:
-    return "\n\n\n".join(f"{title}\n\n{text}" for title, text in entries)
+    name: str
+    perplexity_inside: float
+    perplexity_beyond: float
+    kl_inside: float
+    kl_beyond: float
+    memory: dict[int, int]
+    """Tokens -> bytes that generation holds."""
 
 
-def _entries(module: str) -> Iterator[tuple[str, str]]:
-    """(signature, documentation string) of the module and of all it defines, nested definitions included."""
-    source = Path(sysconfig.get_path("stdlib"), *module.split("."))
-    source = source / "__init__.py" if source.is_dir() else source.with_name(f"{source.name}.py")
-    if not source.is_file():
-        raise LizardzooError(
-            f"the demo reads its text from {source}, which this Python comes without; "
-            f"use a Python with the sources of its standard library"
+def summarize(report: Report, window: int) -> list[Summary]:
+    """One line per model of a report whose buckets have an edge at the window."""
+    lines = []
+    for row in report.rows:
+        inside = [bucket for bucket in row.result.buckets if bucket.stop <= window]
+        beyond = [bucket for bucket in row.result.buckets if bucket.start >= window]
+        (perplexity_inside, kl_inside), (perplexity_beyond, kl_beyond) = pooled(inside), pooled(beyond)
+        lines.append(Summary(row.name, perplexity_inside, perplexity_beyond, kl_inside, kl_beyond, row.memory))
+    return lines
+
+
+def pooled(buckets: Sequence[Bucket]) -> tuple[float, float]:
+    """Perplexity and KL of several buckets as if they were one: means over tokens, in nats."""
+    tokens = sum(bucket.tokens for bucket in buckets)
+    nll = sum(bucket.tokens * math.log(bucket.perplexity) for bucket in buckets) / tokens
+    kl = sum(bucket.tokens * (bucket.kl or 0.0) for bucket in buckets) / tokens
+    return math.exp(nll), kl
+
+
+def closing_table(lines: Sequence[Summary], window: int) -> Table:
+    """What it all came to."""
+    table = Table(title=f"held-out modules, by position: inside the window (below {window}) and beyond it")
+    table.add_column("model", overflow="fold")
+    for title in ("perplexity\ninside", "\nbeyond", "KL to teacher\ninside", "\nbeyond"):
+        table.add_column(title, justify="right")
+    for length in LENGTHS:
+        table.add_column(f"memory at\n{length:,} tokens", justify="right")
+    for line in lines:
+        table.add_row(
+            line.name,
+            f"{line.perplexity_inside:.2f}",
+            f"{line.perplexity_beyond:.2f}",
+            f"{abs(line.kl_inside):.4f}",  # of the teacher to itself it is 0 with either sign
+            f"{abs(line.kl_beyond):.4f}",
+            *(human_bytes(line.memory[length]) for length in LENGTHS),
         )
-    tree = ast.parse(source.read_text(encoding="utf-8"))
-    if text := ast.get_docstring(tree):
-        yield module, text
-    yield from _definitions(tree, module)
+    return table
 
 
-def _definitions(node: ast.Module | Definition, prefix: str) -> Iterator[tuple[str, str]]:
-    for child in node.body:
-        if isinstance(child, Definition):
-            name = f"{prefix}.{child.name}"
-            if text := ast.get_docstring(child):
-                yield name if isinstance(child, ast.ClassDef) else f"{name}({ast.unparse(child.args)})", text
-            yield from _definitions(child, name)
+def broken_promises(lines: Sequence[Summary], bare: str) -> list[str]:
+    """What the demo is to show and does not: each stage brings the student closer to its teacher."""
+    kl = {line.name: line.kl_beyond for line in lines}
+    steps = [(BEFORE, TRANSFERRED), (TRANSFERRED, FINETUNED), (bare, FINETUNED)]
+    return [
+        f"KL beyond the window: {better} has {kl[better]:.4f}, which is not below the {kl[worse]:.4f} of {worse}"
+        for worse, better in steps
+        if not kl[better] < kl[worse]
+    ]
+
+
+def answer(model: Any, tokenizer: Any) -> str:
+    """A greedy answer to the question; generation stops at the end of the turn or after NEW_TOKENS."""
+    inputs = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}],
+        add_generation_prompt=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    tokens = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+    return str(tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+def beginnings(documents: Sequence[str], tokenizer: Any, count: int, length: int) -> Tensor:
+    """The first `length` tokens of each of the first `count` documents: [count, length]."""
+    return torch.cat([evaluate.sequences(text, tokenizer, length, limit=1) for text in documents[:count]])
+
+
+def reload(folder: Path, model: Any, probe: Tensor) -> Any:
+    """The saved model, read again in both ways; raises unless its logits equal those of `model` bit for bit."""
+    with torch.no_grad():
+        expected = model(probe, use_cache=False).logits
+        for load in (AutoModelForCausalLM.from_pretrained, lz.from_pretrained):
+            again = load(folder)
+            if not torch.equal(again(probe, use_cache=False).logits, expected):
+                raise LizardzooError(
+                    f"{folder}, read by {load.__qualname__}, gives other logits than the model that was saved"
+                )
+    return again
+
+
+class Phases:
+    """Seconds per phase, announced as they begin."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, title: str) -> Iterator[None]:
+        console.rule(f"[bold]{title}[/]  {sum(self.seconds.values()):.0f} s", align="left")
+        start = time.perf_counter()
+        yield
+        self.seconds[title] = time.perf_counter() - start
+
+
+def free_folder(wanted: Path) -> Path:
+    """The folder itself, or with a number behind its name if there is something in it."""
+    folder, number = wanted, 1
+    while folder.exists() and (folder.is_file() or any(folder.iterdir())):
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder
+
+
+def run(out: Path) -> None:
+    """The demo; everything it makes goes into the folder `out`."""
+    phase = Phases()
+
+    with phase("Teacher and text"):
+        teacher, tokenizer = load_teacher()
+        train, held_out = documentation()
+        text = beginnings(held_out, tokenizer, *EVALUATION)
+        console.print(
+            f"teacher: SmolLM2-135M-Instruct, {teacher.num_parameters():,} parameters\n"
+            f"text: documentation strings of {len(train)} modules of the standard library; "
+            f"{len(held_out)} others are held out"
+        )
+
+    with phase("Linearize"):
+        student = lz.linearize(teacher, "recommended", calibrate=beginnings(train, tokenizer, *CALIBRATION))
+        untrained = copy.deepcopy(student)
+        spec = student.config.specs[0]
+        console.print(f"{spec}\nin every layer: {student.conversion_report}")
+
+    with phase("Distil"):
+        console.print("stage 1 (transfer): every mixer learns its layer's attention")
+        console.print("stage 2 (finetune): LoRA and the mixers learn the teacher's logits")
+        distill(student, tokenizer=tokenizer, data=train, recipe=RECIPE, teacher=teacher, output_dir=out)
+
+    with phase("Save and reload"):
+        final = reload(out / "final", student, text[:1, : spec.window + 128])
+        console.print(f"{out / 'final'}: both ways to read it give the logits of the model that was saved")
+
+    with phase("Compare"):
+        bare, matched = f"window {spec.window}", evaluate.state_matched_window(final)
+        as_large = f"window {matched} + 4 kept tokens (state of the student's size)"
+        models = {
+            bare: lz.linearize(teacher, lz.Window(window=spec.window, keep=0)),
+            as_large: lz.linearize(teacher, evaluate.matched_layers(final)),
+            BEFORE: untrained,
+            TRANSFERRED: lz.from_pretrained(out / "transfer"),
+            FINETUNED: final,
+        }
+        with Progress(console=console) as bar:
+            task = bar.add_task(f"{len(models) + 1} models", total=len(text))
+            report = evaluate.compare(
+                models, teacher, text, window=spec.window, progress=lambda done, _: bar.update(task, completed=done)
+            )
+        lines = summarize(report, spec.window)
+
+    with phase("Speak"):
+        samples = {name: answer(model, tokenizer) for name, model in (("teacher", teacher), (FINETUNED, final))}
+        for name, sample in samples.items():
+            console.print(Panel(sample, title=f"{name}: {QUESTION}", title_align="left"))
+
+    console.rule("[bold]Result[/]", align="left")
+    tables = [report.table(), closing_table(lines, spec.window)]
+    console.print(*tables)
+    kl = {line.name: line.kl_beyond for line in lines}
+    ahead = "the student beats it" if kl[FINETUNED] < kl[as_large] else "minutes of training do not beat it"
+    console.print(
+        f"{as_large} is what the linear branch has to beat: the same bytes spent on a longer bare window; here {ahead}."
+    )
+    report.plot(out / "by_position.png")
+    with (out / "table.txt").open("w", encoding="utf-8") as file:
+        Console(file=file, width=110).print(*tables)
+    results = {
+        "summary": [asdict(line) for line in lines],
+        "report": report.to_dict(),
+        "samples": {"question": QUESTION, **samples},
+        "recipe": recipe_from(RECIPE).to_dict(),
+        "seconds": phase.seconds,
+        "versions": {"python": platform.python_version()}
+        | {name: version(name) for name in ("lizardzoo", "torch", "transformers")},
+        "threads": torch.get_num_threads(),
+    }
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    console.print(f"saved: the model in [bold]{out / 'final'}[/] (read it with lizardzoo.from_pretrained);")
+    console.print(f"  in {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
+    console.print(f"time: {sum(phase.seconds.values()):.0f} s on {torch.get_num_threads()} threads")
+    if broken := broken_promises(lines, bare):
+        raise LizardzooError("; ".join(broken))
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, help=f"an empty or new folder (default: {OUT}, or the next free number)")
+    out = parser.parse_args().out or free_folder(OUT)
+    logging.basicConfig(handlers=[RichHandler(console=console, show_time=False, show_path=False)], format="%(message)s")
+    logging.getLogger("lizardzoo").setLevel(logging.INFO)  # says when the teacher is being downloaded
+    transformers_logging.disable_progress_bar()  # bars for reading files, between ours
+    try:
+        run(out)
+    except LizardzooError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -291,7 +291,7 @@ class MixedForCausalLM:
     base_model_class: ClassVar[type]
 
     def __init__(self, config: Any) -> None:
-        PreTrainedModel.__init__(self, config)
+        PreTrainedModel.__init__(self, config)  # not the family's own, which would build a model of its own first
         self.model = self.base_model_class(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -8,7 +8,8 @@ S_i = exp(log_decay_i) S_{i-1} + exp(a_j + L_i - L_j) phi_k(k_j) v_j^T.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import os
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,8 +78,7 @@ def gated_linear_attention(
     """
     _check(q, k, v, log_decay, log_input, feature_map, lag, skip, state)
     check_token_flags(OP, q, mask=mask, starts=starts)
-    resolve(OP, impl, (Impl.REFERENCE,), q.device)
-    y, log_mass, new = reference.chunked(
+    y, log_mass, new = _implementation(impl, q.device).chunked(
         q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts, state, return_state
     )
     return y, log_mass, GatedLinearState(*new) if new is not None else None
@@ -102,8 +102,7 @@ def gated_linear_attention_step(
     check_token_flags(OP, q, mask=mask)
     if q.shape[1] != 1:
         raise LizardzooError(f"{OP}: a step takes one token, got {q.shape[1]}; call gated_linear_attention")
-    resolve(OP, impl, (Impl.REFERENCE,), q.device)
-    y, log_mass, new = reference.step(q, k, v, log_decay, log_input, feature_map, skip, mask, state)
+    y, log_mass, new = _implementation(impl, q.device).step(q, k, v, log_decay, log_input, feature_map, skip, mask, state)
     return y, log_mass, GatedLinearState(*new)
 
 
@@ -137,6 +136,19 @@ def init_state(
         valid=zeros(lag, dtype=torch.bool),
         length=zeros(dtype=torch.long),
     )
+
+
+def _implementation(impl: Impl | str, device: torch.device) -> Any:
+    """The module that holds `chunked` and `step`. Triton's interpreter (TRITON_INTERPRET=1) takes CPU tensors too."""
+    interpreted = impl == Impl.TRITON and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    available = (Impl.REFERENCE,) if impl == Impl.AUTO else (Impl.REFERENCE, Impl.TRITON)
+    if not interpreted and resolve(OP, impl, available, device) is Impl.REFERENCE:
+        return reference
+    try:
+        from lizardzoo.kernels.gated_linear import custom_ops
+    except ImportError as error:
+        raise LizardzooError(f"{OP}: triton is not installed; pip install triton, or pass impl='reference'") from error
+    return custom_ops
 
 
 def _check(

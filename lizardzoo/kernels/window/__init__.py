@@ -6,7 +6,7 @@ S_i = the last `window` real tokens of i's document (i included) and its first `
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,9 +68,9 @@ def window_attention(
     """
     _check(q, k, v, window, keep, sinks, state)
     check_token_flags(OP, q, mask=mask, starts=starts)
-    resolve(OP, impl, (Impl.REFERENCE,), q.device)
+    kernels = _kernels(impl, q, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    y, log_mass, new = reference.chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_state)
+    y, log_mass, new = kernels.chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_state)
     return y, log_mass, WindowState(*new) if new is not None else None
 
 
@@ -91,9 +91,9 @@ def window_attention_step(
     check_token_flags(OP, q, mask=mask)
     if q.shape[1] != 1:
         raise LizardzooError(f"{OP}: a step takes one token, got {q.shape[1]}; call window_attention")
-    resolve(OP, impl, (Impl.REFERENCE,), q.device)
+    kernels = _kernels(impl, q, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    y, log_mass, new = reference.step(q, k, v, keep, sinks, scale, mask, state)
+    y, log_mass, new = kernels.step(q, k, v, keep, sinks, scale, mask, state)
     return y, log_mass, WindowState(*new)
 
 
@@ -114,6 +114,21 @@ def init_state(
     valid = torch.zeros(batch, window, dtype=torch.bool, device=device)
     length = torch.zeros(batch, dtype=torch.long, device=device)
     return WindowState(zeros(window), zeros(window), valid, zeros(keep), zeros(keep), length)
+
+
+def _kernels(impl: Impl | str, q: Tensor, v: Tensor) -> Any:
+    """The module that computes."""
+    if impl != Impl.TRITON:
+        resolve(OP, impl, (Impl.REFERENCE,), q.device)
+        return reference
+    try:
+        from lizardzoo.kernels.window import ops
+    except ImportError:
+        raise LizardzooError(
+            f"{OP}: there is no triton implementation where triton is not installed; pass impl='reference'"
+        ) from None
+    ops.check(OP, q, v)
+    return ops
 
 
 def _check(

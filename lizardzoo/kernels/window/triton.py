@@ -1,0 +1,388 @@
+"""Triton kernels of sliding-window attention: forward, backward and the one-token step. `ops.py` launches them.
+
+Tokens have slots: those of this call 0 .. T-1, those of the state's ring -window .. -1. Query i belongs to the document
+that begins at slot first_i (negative: in the state), and sees the slots max(first_i, i - window + 1) .. i and the kept
+ones first_i + r <= i - window, r < keep. No other mask is needed: documents are intervals, and padded rows come packed.
+A state's tokens stand before the new ones in one key tensor [kept | ring | new]; slot t is its row `offset` + t.
+
+A tile holds M consecutive rows of the T * G queries of a key head (row = i * G + g): the heads that share a key share
+its loads, and the fewer tokens a tile spans, the fewer keys outside its queries' windows it multiplies.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2E = tl.constexpr(1.4426950408889634)
+NO_DOCUMENT = tl.constexpr(-(2**31))
+SIZES = ["count", "window", "keep", "offset"]  # a new length, window or state never recompiles
+
+
+@triton.jit
+def _dot(a, b):
+    if INTERPRETED:  # its bf16 products are wrong
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    return tl.dot(a, b, input_precision="ieee")  # fp32 inputs are multiplied in fp32, not in tf32
+
+
+@triton.jit
+def _load(base, offsets, mask, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Vectors of DIM numbers at base + offsets, zeros where masked and behind DIM."""
+    d = tl.arange(0, BLOCK)
+    return tl.load(base + offsets[:, None] + d[None, :], mask=mask[:, None] & (d < DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def _store(base, offsets, x, mask, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    d = tl.arange(0, BLOCK)
+    tl.store(base + offsets[:, None] + d[None, :], x, mask=mask[:, None] & (d < DIM)[None, :])
+
+
+@triton.jit
+def _first(FIRST, b, i, count, DOCUMENTS: tl.constexpr):
+    """The slot at which the document of query i begins; i is a number or a vector."""
+    if FIRST is None:
+        return i * 0
+    if DOCUMENTS:
+        return tl.load(FIRST + b * count + i, mask=i < count, other=0)
+    return i * 0 + tl.load(FIRST + b)
+
+
+@triton.jit
+def _length(LENGTHS, b, count):
+    if LENGTHS is None:
+        return count
+    return tl.load(LENGTHS + b)
+
+
+@triton.jit
+def _attend(peak, mass, acc, scores, visible, v):
+    """One tile of online softmax; `peak` and `scores` in units of log 2."""
+    scores = tl.where(visible, scores, float("-inf"))
+    new_peak = tl.maximum(peak, tl.max(scores, 1))
+    finite = tl.where(new_peak == float("-inf"), 0.0, new_peak)  # a row that has seen no key yet
+    weights = tl.exp2(scores - finite[:, None])
+    decay = tl.exp2(peak - finite)
+    acc = acc * decay[:, None] + _dot(weights.to(v.dtype), v)
+    return new_peak, mass * decay + tl.sum(weights, 1), acc
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_kernel(
+    Q, K, V, SINK, FIRST, LENGTHS, Y, LOG_MASS, count, window, keep, offset, scale,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh,
+    HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr, DOCUMENTS: tl.constexpr, KEEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    R: tl.constexpr,
+):  # fmt: skip
+    """y and log_mass of a tile of queries."""
+    tiles = tl.cdiv(count * G, M)
+    tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles) % HKV
+    b = (tl.program_id(0) // tiles // HKV).to(tl.int64)
+    rows = tile * M + tl.arange(0, M)
+    i, heads = rows // G, head * G + rows % G
+    length = _length(LENGTHS, b, count)
+    real = i < length
+    first = _first(FIRST, b, i, count, DOCUMENTS)
+    span = tl.minimum(i - first + 1, window)  # how many slots up to its own a query sees
+    q = _load(Q + b * sqb, i.to(tl.int64) * sqt + heads * sqh, real, DK, BLOCK_DK)
+    keys, values = K + b * skb + head * skh, V + b * svb + head * svh
+
+    peak = tl.full([M], float("-inf"), tl.float32)
+    mass = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, BLOCK_DV], tl.float32)
+    i0 = tile * M // G
+    start = tl.maximum(_first(FIRST, b, i0, count, DOCUMENTS), i0 - window + 1)
+    stop = tl.minimum((tile * M + M - 1) // G + 1, length)
+    for t0 in range(start, stop, N):
+        t = t0 + tl.arange(0, N)
+        index = (offset + t).to(tl.int64)
+        k = _load(keys, index * skt, t < stop, DK, BLOCK_DK)
+        v = _load(values, index * svt, t < stop, DV, BLOCK_DV)
+        distance = i[:, None] - t[None, :]
+        visible = (distance >= 0) & (distance < span[:, None])
+        peak, mass, acc = _attend(peak, mass, acc, _dot(q, tl.trans(k)) * (scale * LOG2E), visible, v)
+
+    if KEEP:  # for each document of the tile: the kept tokens that have left a window
+        left = tl.where(real & (i - first >= window), first, NO_DOCUMENT)
+        document = tl.max(left, 0)
+        while document > NO_DOCUMENT:
+            for r0 in range(0, keep, R):
+                r = r0 + tl.arange(0, R)
+                slot = document + r
+                index = tl.where(slot < 0, r, offset + slot).to(tl.int64)
+                kept = (r < keep) & (slot < length)
+                k = _load(keys, index * skt, kept, DK, BLOCK_DK)
+                v = _load(values, index * svt, kept, DV, BLOCK_DV)
+                visible = (left == document)[:, None] & kept[None, :] & (slot[None, :] <= (i - window)[:, None])
+                peak, mass, acc = _attend(peak, mass, acc, _dot(q, tl.trans(k)) * (scale * LOG2E), visible, v)
+            document = tl.max(tl.where(left < document, left, NO_DOCUMENT), 0)
+
+    if SINK is not None:
+        sink = tl.load(SINK + heads) * LOG2E
+        new_peak = tl.maximum(peak, sink)
+        decay = tl.exp2(peak - new_peak)
+        peak, mass, acc = new_peak, mass * decay + tl.exp2(sink - new_peak), acc * decay[:, None]
+    mass = tl.where(real, mass, 1.0)
+    place = (b * count + i) * (HKV * G) + heads
+    written = i < count
+    y = tl.where(real[:, None], acc / mass[:, None], 0.0)
+    _store(Y, place * DV, y.to(Y.dtype.element_ty), written, DV, BLOCK_DV)
+    tl.store(LOG_MASS + place, tl.where(real, (peak + tl.log2(mass)) / LOG2E, float("-inf")), mask=written)
+
+
+@triton.jit
+def _score_gradient(q, k, v, dy, log_mass, delta, visible, scale):
+    """Gradient of the scores (rows: queries)."""
+    weights = tl.exp2(_dot(q, tl.trans(k)) * (scale * LOG2E) - log_mass[:, None] * LOG2E)
+    return tl.where(visible, weights * (_dot(dy, tl.trans(v)) - delta[:, None]), 0.0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def query_gradient_kernel(
+    Q, K, V, FIRST, LENGTHS, Y, LOG_MASS, DY, DLOG_MASS, DELTA, DQ, count, window, keep, offset, scale,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh,
+    HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr, DOCUMENTS: tl.constexpr, KEEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    R: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of queries, and delta = dy . y - dlog_mass, which the keys need as well."""
+    tiles = tl.cdiv(count * G, M)
+    tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles) % HKV
+    b = (tl.program_id(0) // tiles // HKV).to(tl.int64)
+    rows = tile * M + tl.arange(0, M)
+    i, heads = rows // G, head * G + rows % G
+    length = _length(LENGTHS, b, count)
+    real = i < length
+    first = _first(FIRST, b, i, count, DOCUMENTS)
+    span = tl.minimum(i - first + 1, window)
+    place = (b * count + i) * (HKV * G) + heads
+    q = _load(Q + b * sqb, i.to(tl.int64) * sqt + heads * sqh, real, DK, BLOCK_DK)
+    dy = _load(DY, place * DV, real, DV, BLOCK_DV)
+    y = _load(Y, place * DV, real, DV, BLOCK_DV)
+    keys, values = K + b * skb + head * skh, V + b * svb + head * svh
+    log_mass = tl.load(LOG_MASS + place, mask=real, other=0.0)
+    delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
+    if DLOG_MASS is not None:
+        delta -= tl.load(DLOG_MASS + place, mask=real, other=0.0)
+    tl.store(DELTA + place, delta, mask=i < count)
+
+    dq = tl.zeros([M, BLOCK_DK], tl.float32)
+    i0 = tile * M // G
+    start = tl.maximum(_first(FIRST, b, i0, count, DOCUMENTS), i0 - window + 1)
+    stop = tl.minimum((tile * M + M - 1) // G + 1, length)
+    for t0 in range(start, stop, N):
+        t = t0 + tl.arange(0, N)
+        index = (offset + t).to(tl.int64)
+        k = _load(keys, index * skt, t < stop, DK, BLOCK_DK)
+        v = _load(values, index * svt, t < stop, DV, BLOCK_DV)
+        distance = i[:, None] - t[None, :]
+        visible = (distance >= 0) & (distance < span[:, None])
+        dq += _dot(_score_gradient(q, k, v, dy, log_mass, delta, visible, scale).to(k.dtype), k)
+
+    if KEEP:
+        left = tl.where(real & (i - first >= window), first, NO_DOCUMENT)
+        document = tl.max(left, 0)
+        while document > NO_DOCUMENT:
+            for r0 in range(0, keep, R):
+                r = r0 + tl.arange(0, R)
+                slot = document + r
+                index = tl.where(slot < 0, r, offset + slot).to(tl.int64)
+                kept = (r < keep) & (slot < length)
+                k = _load(keys, index * skt, kept, DK, BLOCK_DK)
+                v = _load(values, index * svt, kept, DV, BLOCK_DV)
+                visible = (left == document)[:, None] & kept[None, :] & (slot[None, :] <= (i - window)[:, None])
+                dq += _dot(_score_gradient(q, k, v, dy, log_mass, delta, visible, scale).to(k.dtype), k)
+            document = tl.max(tl.where(left < document, left, NO_DOCUMENT), 0)
+    _store(DQ, place * DK, (dq * scale).to(DQ.dtype.element_ty), i < count, DK, BLOCK_DK)
+
+
+@triton.jit
+def _key_gradients(
+    dk, dv, k, v, row0, stop, kept_stop, slot, in_window, may_keep, Q, FIRST, LOG_MASS, DY, DELTA, b, head, count,
+    window, keep, scale, sqb, sqt, sqh, HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
+    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, DOCUMENTS: tl.constexpr, KEEP: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """Add what one tile of M query rows gives to the keys at `slot`.
+
+    Scores are computed with keys as rows: a transposed fp32 accumulator as the operand of a product is miscompiled on
+    Hopper by Triton 3.4 to 3.7.0 (flash-linear-attention issue 640).
+    """
+    rows = row0 + tl.arange(0, M)
+    i, heads = rows // G, head * G + rows % G
+    real = i < stop
+    place = (b * count + i) * (HKV * G) + heads
+    q = _load(Q + b * sqb, i.to(tl.int64) * sqt + heads * sqh, real, DK, BLOCK_DK)
+    dy = _load(DY, place * DV, real, DV, BLOCK_DV)
+    log_mass = tl.load(LOG_MASS + place, mask=real, other=0.0)
+    delta = tl.load(DELTA + place, mask=real, other=0.0)
+    first = _first(FIRST, b, i, count, DOCUMENTS)
+    distance = i[None, :] - slot[:, None]
+    visible = in_window[:, None] & (distance < window)
+    if KEEP:
+        late = (distance >= window) & (i < kept_stop)[None, :]
+        visible = visible | (may_keep[:, None] & late & (slot[:, None] - first[None, :] < keep))
+    visible = visible & (distance >= 0) & (slot[:, None] >= first[None, :]) & real[None, :]
+    weights = tl.exp2(_dot(k, tl.trans(q)) * (scale * LOG2E) - log_mass[None, :] * LOG2E)
+    weights = tl.where(visible, weights, 0.0)
+    dv += _dot(weights.to(dy.dtype), dy)
+    gradient = tl.where(visible, weights * (_dot(v, tl.trans(dy)) - delta[None, :]), 0.0)
+    dk += _dot(gradient.to(q.dtype), q)
+    return dk, dv
+
+
+@triton.jit(do_not_specialize=SIZES)
+def kept_gradient_kernel(
+    Q, K, V, FIRST, LENGTHS, LOG_MASS, DY, DELTA, PART_K, PART_V, count, window, keep, offset, scale,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh,
+    HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr, DOCUMENTS: tl.constexpr, M: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """What chunk c of queries gives to the kept tokens of the document that is open where it begins, fp32."""
+    blocks = tl.cdiv(keep, R)
+    chunks = tl.cdiv(count, C) - 1
+    block, pid = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    chunk, head, b = pid % chunks + 1, (pid // chunks) % HKV, (pid // chunks // HKV).to(tl.int64)
+    length = _length(LENGTHS, b, count)
+    document = _first(FIRST, b, chunk * C, count, DOCUMENTS)
+    r = block * R + tl.arange(0, R)
+    slot = document + r
+    index = tl.where(slot < 0, r, offset + slot).to(tl.int64)
+    stop = tl.minimum(chunk * C + C, length)
+    kept = (r < keep) & (slot < length)
+    k = _load(K + b * skb + head * skh, index * skt, kept, DK, BLOCK_DK)
+    v = _load(V + b * svb + head * svh, index * svt, kept, DV, BLOCK_DV)
+    dk = tl.zeros([R, BLOCK_DK], tl.float32)
+    dv = tl.zeros([R, BLOCK_DV], tl.float32)
+    start = tl.maximum(chunk * C, document + window)  # before that all of them are in the window
+    for row0 in range(start * G, stop * G, M):
+        dk, dv = _key_gradients(
+            dk, dv, k, v, row0, stop, stop, slot, r < 0, kept, Q, FIRST, LOG_MASS, DY, DELTA, b, head, count,
+            window, keep, scale, sqb, sqt, sqh, HKV, G, DK, DV, BLOCK_DK, BLOCK_DV, DOCUMENTS, True, M,
+        )  # fmt: skip
+    place = (((b * HKV + head) * chunks + chunk - 1) * keep + r).to(tl.int64)
+    _store(PART_K, place * DK, dk * scale, r < keep, DK, BLOCK_DK)
+    _store(PART_V, place * DV, dv, r < keep, DV, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def key_gradient_kernel(
+    Q, K, V, FIRST, LENGTHS, LOG_MASS, DY, DELTA, PART_K, PART_V, DK_OUT, DV_OUT, count, window, keep, offset, scale,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh,
+    HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr, DOCUMENTS: tl.constexpr, KEEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    C: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of keys."""
+    total = offset + count
+    tiles = tl.cdiv(total, N)
+    tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles) % HKV
+    b = (tl.program_id(0) // tiles // HKV).to(tl.int64)
+    length = _length(LENGTHS, b, count)
+    key = tile * N + tl.arange(0, N)
+    in_window = key >= tl.where(offset > 0, keep, 0)  # before them the state's kept tokens
+    slot = tl.where(in_window, key - offset, _first(FIRST, b, 0, count, DOCUMENTS) + key)
+    may_keep = in_window == (slot >= 0)  # the ring's tokens have their copies among the kept ones
+    last = tl.maximum(tile * N + N - 1 - offset, 0)
+    stop = tl.minimum(last + window, length)
+    chunk = last // C
+    if KEEP:  # a block with kept tokens goes on to the end of its chunk, and adds what later chunks have summed
+        opened = _first(FIRST, b, tl.maximum(slot, 0), count, DOCUMENTS)
+        kept = tl.max((may_keep & (slot - opened < keep) & (slot < length)).to(tl.int32), 0) > 0
+        stop = tl.where(kept, tl.maximum(stop, tl.minimum(chunk * C + C, length)), stop)
+    k = _load(K + b * skb + head * skh, key.to(tl.int64) * skt, key < total, DK, BLOCK_DK)
+    v = _load(V + b * svb + head * svh, key.to(tl.int64) * svt, key < total, DV, BLOCK_DV)
+    dk = tl.zeros([N, BLOCK_DK], tl.float32)
+    dv = tl.zeros([N, BLOCK_DV], tl.float32)
+    for row0 in range(tl.maximum(tile * N - offset, 0) * G, stop * G, M):
+        dk, dv = _key_gradients(
+            dk, dv, k, v, row0, stop, chunk * C + C, slot, in_window, may_keep, Q, FIRST, LOG_MASS, DY, DELTA, b, head,
+            count, window, keep, scale, sqb, sqt, sqh, HKV, G, DK, DV, BLOCK_DK, BLOCK_DV, DOCUMENTS, KEEP, M,
+        )  # fmt: skip
+    dk *= scale
+    if KEEP:
+        chunks = tl.cdiv(count, C) - 1
+        for c in range(chunk + 1, tl.where(kept, tl.cdiv(length, C), 0)):
+            r = slot - _first(FIRST, b, c * C, count, DOCUMENTS)
+            place = (((b * HKV + head) * chunks + c - 1) * keep + r).to(tl.int64)
+            mine = may_keep & (r >= 0) & (r < keep)
+            dk += _load(PART_K, place * DK, mine, DK, BLOCK_DK)
+            dv += _load(PART_V, place * DV, mine, DV, BLOCK_DV)
+    place = (b * total + key) * HKV + head
+    _store(DK_OUT, place * DK, dk.to(DK_OUT.dtype.element_ty), key < total, DK, BLOCK_DK)
+    _store(DV_OUT, place * DV, dv.to(DV_OUT.dtype.element_ty), key < total, DV, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=["window", "keep", "sinks"])
+def step_kernel(
+    Q, K, V, PAST_K, PAST_V, VALID, KEPT_K, KEPT_V, LENGTH, SINKS, MASK, Y, LOG_MASS, NEW_K, NEW_V, NEW_VALID,
+    NEW_KEPT_K, NEW_KEPT_V, NEW_LENGTH, window, keep, sinks, scale, sqb, sqh, skb, skh, svb, svh, ssh,
+    HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """One token of one key head: attend while copying the state one place on."""
+    head, b = tl.program_id(0) % HKV, (tl.program_id(0) // HKV).to(tl.int64)
+    g = tl.arange(0, M)
+    inside, heads = g < G, head * G + g
+    real = 1
+    if MASK is not None:
+        real = tl.load(MASK + b).to(tl.int32)
+    length = tl.load(LENGTH + b)
+    q = _load(Q + b * sqb, heads * sqh, inside, DK, BLOCK_DK)
+    d, dv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+    k_new = tl.load(K + b * skb + head * skh + d, mask=d < DK, other=0.0)[None, :]
+    v_new = tl.load(V + b * svb + head * svh + dv, mask=dv < DV, other=0.0)[None, :]
+    peak = tl.full([M], float("-inf"), tl.float32)
+    mass = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, BLOCK_DV], tl.float32)
+
+    for j0 in range(0, window, N):
+        j = j0 + tl.arange(0, N)
+        old = j + real < window
+        source = ((b * window + j + real) * HKV + head).to(tl.int64)
+        place = ((b * window + j) * HKV + head).to(tl.int64)
+        k = tl.where(old[:, None], _load(PAST_K, source * DK, old, DK, BLOCK_DK), k_new)
+        v = tl.where(old[:, None], _load(PAST_V, source * DV, old, DV, BLOCK_DV), v_new)
+        valid = (tl.load(VALID + b * window + j + real, mask=old, other=0) != 0) | (j + real == window)
+        _store(NEW_K, place * DK, k, j < window, DK, BLOCK_DK)
+        _store(NEW_V, place * DV, v, j < window, DV, BLOCK_DV)
+        if head == 0:
+            tl.store(NEW_VALID + b * window + j, valid, mask=j < window)
+        seen = valid & (j < window) & (real != 0)
+        v = tl.where(seen[:, None], v, 0.0)  # what is not valid may be anything
+        scores = _dot(q, tl.trans(k)) * (scale * LOG2E)
+        peak, mass, acc = _attend(peak, mass, acc, scores, seen[None, :] & inside[:, None], v)
+    for r0 in range(0, keep, R):
+        r = r0 + tl.arange(0, R)
+        place = ((b * keep + r) * HKV + head).to(tl.int64)
+        here = ((r == length) & (real != 0))[:, None]  # the new token is a kept one
+        k = tl.where(here, k_new, _load(KEPT_K, place * DK, r < keep, DK, BLOCK_DK))
+        v = tl.where(here, v_new, _load(KEPT_V, place * DV, r < keep, DV, BLOCK_DV))
+        _store(NEW_KEPT_K, place * DK, k, r < keep, DK, BLOCK_DK)
+        _store(NEW_KEPT_V, place * DV, v, r < keep, DV, BLOCK_DV)
+        seen = (r < keep) & (r <= length - window) & (real != 0)
+        v = tl.where(seen[:, None], v, 0.0)
+        scores = _dot(q, tl.trans(k)) * (scale * LOG2E)
+        peak, mass, acc = _attend(peak, mass, acc, scores, seen[None, :] & inside[:, None], v)
+    if SINKS is not None:
+        for s0 in range(0, sinks, R):
+            s = s0 + tl.arange(0, R)
+            there = (s < sinks)[None, :] & inside[:, None]
+            logits = tl.load(SINKS + heads[:, None] * ssh + s[None, :], mask=there, other=float("-inf"))
+            logits = logits.to(tl.float32) * LOG2E
+            new_peak = tl.maximum(peak, tl.max(logits, 1))
+            finite = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+            decay = tl.exp2(peak - finite)
+            mass = mass * decay + tl.sum(tl.exp2(logits - finite[:, None]), 1)
+            peak, acc = new_peak, acc * decay[:, None]
+    answers = inside & (real != 0)
+    mass = tl.where(answers, mass, 1.0)
+    y = tl.where(answers[:, None], acc / mass[:, None], 0.0)
+    place = b * (HKV * G) + heads
+    _store(Y, place * DV, y.to(Y.dtype.element_ty), inside, DV, BLOCK_DV)
+    tl.store(LOG_MASS + place, tl.where(answers, (peak + tl.log2(mass)) / LOG2E, float("-inf")), mask=inside)
+    if head == 0:
+        tl.store(NEW_LENGTH + b, length + real)
