@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from matplotlib import colormaps
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -52,11 +52,16 @@ def plot(folder: Path) -> None:
         left.bar([layer + offset for layer in layers], heights, width=0.4, label=label)
     left.set(title="error / variance of the target", xlabel="layer")
     left.legend()
-    for layer in layers:
-        errors = [entry["layer_error"][str(layer)] for entry in steps]
-        color = colormaps["viridis"](layer / max(1, layers[-1]))
-        right.plot([entry["step"] for entry in steps], errors, color=color, label=str(layer))
-    right.set(title="by layer", xlabel="step")
-    right.set_ylim(bottom=0)
-    right.legend(ncols=1 + len(layers) // 10, fontsize="x-small")
+    errors = [[entry["layer_error"][str(layer)] for entry in steps] for layer in layers]
+    floor = max(1e-6, min(map(min, errors)))  # a layer without any error would have no logarithm
+    image = right.pcolormesh(
+        [entry["step"] for entry in steps],
+        layers,
+        [[max(error, floor) for error in row] for row in errors],
+        norm=LogNorm(vmin=floor, vmax=max(2 * floor, *map(max, errors))),
+        shading="nearest",
+    )
+    right.set(title="the same by layer and step", xlabel="step", ylabel="layer")
+    right.grid(visible=False)
+    figure.colorbar(image, ax=right)
     figure.savefig(folder / "layer_error.png", dpi=120)

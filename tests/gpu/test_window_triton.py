@@ -38,7 +38,7 @@ def draw(
     length: int, *, heads: int = 6, kv_heads: int = 2, dim: int = 64, scale: float = 1.0, **options: Any
 ) -> Inputs:
     """Numbers that every dtype of DTYPES holds exactly enough: the same inputs for all."""
-    batch, sinks = options.get("batch", 2), options.get("sinks")
+    batch, sinks = options.get("batch", 2 if length <= 2048 else 1), options.get("sinks")
     q = torch.randn(batch, length, heads, dim, device="cuda") * scale
     k, v = (torch.randn(batch, length, kv_heads, dim, device="cuda") for _ in range(2))
     drawn = None if sinks is None else torch.as_tensor(sinks, device="cuda", dtype=torch.float32)

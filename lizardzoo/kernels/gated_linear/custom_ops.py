@@ -53,11 +53,13 @@ class _Launch:
         self.chunks = -(-self.count // self.block.chunk)
         self.groups, self.repeats = self.heads // self.state_heads, self.state_heads // self.kv_heads
         self.map_heads = key_map.shape[0]
+        self.width = self.block.value_dim if self.value_dim % 64 else min(self.block.value_dim, 64)
         self.activation, self.device = activation, q.device
         narrow = "bf16" if not wide and not kernels.INTERPRETED else "fp32"
         precise = q.dtype == torch.float32 or kernels.INTERPRETED
         self.precision = {
-            "LOGITS": "tf32x3" if precise else "tf32",
+            "LOGITS": "tf32x3" if precise else "tf32" if wide else "bf16x2",
+            "TERMS": 1 if precise or wide else 2,
             "OPERAND": narrow,
             "PRECISION": "tf32x3" if precise else "tf32",
         }
@@ -75,6 +77,13 @@ class _Launch:
         """Programs along the sequence for a kernel that keeps a map's gradient, and the chunks of each."""
         span = -(-self.chunks // max(1, PROGRAMS // (self.batch * heads)))
         return -(-self.chunks // span), span
+
+    def maps(self, *weights: Tensor) -> list[Tensor]:
+        """As the kernels take them: [heads, terms, D, 2F]."""
+        if self.precision["TERMS"] == 1:
+            return [w.contiguous() for w in weights]
+        high = [w.bfloat16() for w in weights]
+        return [torch.stack([h, (w - h.float()).bfloat16()], 1) for w, h in zip(weights, high, strict=True)]
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -104,11 +113,10 @@ def _states(
     before, last = launch.states(launch.chunks), launch.states()
     carry = launch.empty(launch.batch, launch.state_heads, launch.chunks)
     rows = launch.batch * launch.state_heads
-    width = min(launch.block.value_dim, 64)
-    kernels.chunk_states[launch.chunks, rows, -(-launch.value_dim // width)](
+    kernels.chunk_states[launch.chunks, rows, -(-launch.value_dim // launch.width)](
         k, v, decay, weight, document, key_map, None, None, *before, carry, *_strides(k, v),
         launch.map_heads, launch.count, launch.chunks, shift, 1, launch.state_heads, launch.repeats,
-        QUERY=False, **{**launch.sizes(document is not None), "BV": width},
+        QUERY=False, **{**launch.sizes(document is not None), "BV": launch.width, "WIDTH": min(launch.width, launch.value_dim)},
     )  # fmt: skip
     kernels.scan[rows, _scan_blocks(launch)](
         *before, carry, *initial, *last, *before, *last, None, launch.chunks,
@@ -139,6 +147,7 @@ def gated_linear(
     key that enters there (-inf: none); document [B, T] int32 or None; maps [1 or heads, D, 2F] hold [W, -W].
     """
     launch = _Launch(q, k, v, decay, key_map, activation)
+    query_map, key_map = launch.maps(query_map, key_map)
     before, last, _ = _states(launch, k, v, decay, weight, document, key_map, [kv, norm, scale], shift)
     y = launch.empty(*q.shape[:3], launch.value_dim, dtype=q.dtype)
     log_mass = launch.empty(*q.shape[:3])
@@ -167,6 +176,7 @@ def gated_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, decay, weight, both maps, kv and norm (empty where there is none)."""
     launch = _Launch(q, k, v, decay, key_map, activation)
+    query_map, key_map = launch.maps(query_map, key_map)
     batch, count, heads, head_dim = q.shape
     packed = document is not None
     before, last, carry = _states(launch, k, v, decay, weight, document, key_map, [kv, norm, scale], shift)
@@ -176,12 +186,11 @@ def gated_linear_backward(
     )
     after, first = launch.states(launch.chunks), launch.states()
     rows = batch * launch.state_heads
-    width = min(launch.block.value_dim, 64)
     query_heads = query_map.shape[0]
-    kernels.chunk_states[launch.chunks, rows, -(-launch.value_dim // width)](
+    kernels.chunk_states[launch.chunks, rows, -(-launch.value_dim // launch.width)](
         q, d_y, decay, weight, document, query_map, log_mass, delta, *after, carry, *_strides(q, d_y),
         query_heads, count, launch.chunks, 0, launch.groups, launch.state_heads, 1,
-        QUERY=True, **{**launch.sizes(packed), "BV": width},
+        QUERY=True, **{**launch.sizes(packed), "BV": launch.width, "WIDTH": min(launch.width, launch.value_dim)},
     )  # fmt: skip
     products = launch.empty(batch, launch.state_heads, launch.chunks, _scan_blocks(launch))
     kernels.scan[rows, _scan_blocks(launch)](

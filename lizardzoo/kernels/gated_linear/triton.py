@@ -28,18 +28,41 @@ def _finite(x):
 
 
 @triton.jit
-def _load(base, rows, columns, row_stride, column_stride, row_end, column_end):
-    """A tile [rows, columns], zero outside 0 <= row < row_end, 0 <= column < column_end."""
-    inside = ((rows >= 0) & (rows < row_end))[:, None] & ((columns >= 0) & (columns < column_end))[None, :]
-    offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
-    return tl.load(base + offsets, mask=inside, other=0.0)
+def _place(start, stride, end, width: tl.constexpr, C: tl.constexpr, W: tl.constexpr, TURN: tl.constexpr):
+    """Offsets of the tile [tokens start .. start + C, W columns] and which are inside; TURN: of its transpose.
+
+    The tokens' own offset is one 64-bit number: offsets in the tile are small, and 32-bit ones take half the registers.
+    """
+    tokens = tl.expand_dims(tl.arange(0, C), 0 if TURN else 1)
+    columns = tl.expand_dims(tl.arange(0, W), 1 if TURN else 0)
+    inside = (tokens + start >= 0) & (tokens + start < end)
+    if width < W:
+        inside = inside & (columns < width)
+    else:
+        inside = inside & (columns >= 0)
+    return tokens * stride + columns, inside
 
 
 @triton.jit
-def _store(base, value, rows, columns, row_stride, column_stride, row_end, column_end):
-    inside = ((rows >= 0) & (rows < row_end))[:, None] & ((columns >= 0) & (columns < column_end))[None, :]
-    offsets = rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+def _tokens(base, start, stride, end, width: tl.constexpr, C: tl.constexpr, W: tl.constexpr, TURN: tl.constexpr):
+    """[C, W] of tokens (TURN: [W, C]), zero outside 0 <= token < end, column < width."""
+    offsets, inside = _place(start, stride, end, width, C, W, TURN)
+    return tl.load(base + (start * tl.full([], 1, tl.int64)) * stride + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+def _put_tokens(
+    base, value, start, stride, end, width: tl.constexpr, C: tl.constexpr, W: tl.constexpr, TURN: tl.constexpr
+):
+    offsets, inside = _place(start, stride, end, width, C, W, TURN)
+    base += (start * tl.full([], 1, tl.int64)) * stride
     tl.store(base + offsets, value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _matrix(base, rows: tl.constexpr, columns: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TURN: tl.constexpr):
+    """A matrix [rows, columns], padded with zeros to [R, W] (TURN: [W, R])."""
+    return _tokens(base, 0, columns, rows, columns, R, W, TURN)
 
 
 @triton.jit
@@ -77,20 +100,37 @@ def _log_features(logits, AXIS: tl.constexpr, F2: tl.constexpr, BF: tl.constexpr
 
 
 @triton.jit
-def _rows(x, weight, F2: tl.constexpr, BF: tl.constexpr, MAP: tl.constexpr, LOGITS: tl.constexpr):
-    """log phi of x [C, D] with [W, -W] [D, 2F]: [C, BF]."""
-    logits = x.to(tl.float32)
-    if MAP != "none":
-        logits = tl.dot(logits, weight, input_precision=LOGITS)
+def _rows(
+    x, maps, D: tl.constexpr, F2: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
+    MAP: tl.constexpr, LOGITS: tl.constexpr,
+):  # fmt: skip
+    """log phi of x [C, D] with [W, -W] [D, 2F]: [C, BF].
+
+    A bf16 x meets the fp32 weights as two bf16 terms, one behind the other: as exact as tf32, and as fast.
+    """
+    if MAP == "none":
+        logits = x.to(tl.float32)
+    elif LOGITS == "bf16x2":
+        logits = tl.dot(x, _matrix(maps, D, F2, BD, BF, False))
+        logits += tl.dot(x, _matrix(maps + D * F2, D, F2, BD, BF, False))
+    else:
+        logits = tl.dot(x.to(tl.float32), _matrix(maps, D, F2, BD, BF, False), input_precision=LOGITS)
     return _log_features(logits, 1, F2, BF, MAP)
 
 
 @triton.jit
-def _columns(x_t, weight_t, F2: tl.constexpr, BF: tl.constexpr, MAP: tl.constexpr, LOGITS: tl.constexpr):
-    """The transpose of _rows, from x^T [D, C] and [W, -W]^T [2F, D]: [BF, C]."""
-    logits = x_t.to(tl.float32)
-    if MAP != "none":
-        logits = tl.dot(weight_t, logits, input_precision=LOGITS)
+def _columns(
+    x_t, maps, D: tl.constexpr, F2: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
+    MAP: tl.constexpr, LOGITS: tl.constexpr,
+):  # fmt: skip
+    """The transpose of _rows, from x^T [D, C]: [BF, C]."""
+    if MAP == "none":
+        logits = x_t.to(tl.float32)
+    elif LOGITS == "bf16x2":
+        logits = tl.dot(_matrix(maps, D, F2, BD, BF, True), x_t)
+        logits += tl.dot(_matrix(maps + D * F2, D, F2, BD, BF, True), x_t)
+    else:
+        logits = tl.dot(_matrix(maps, D, F2, BD, BF, True), x_t.to(tl.float32), input_precision=LOGITS)
     return _log_features(logits, 0, F2, BF, MAP)
 
 
@@ -146,7 +186,7 @@ def chunk_states(
     x, values, decay, weight, document, maps, log_mass, delta, kv, norm, scale, carry,
     xb, xt, xh, vb, vt, vh, map_heads, T, N, shift, G, HS, R,
     D: tl.constexpr, F2: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, MAP: tl.constexpr, PACKED: tl.constexpr, QUERY: tl.constexpr,
+    C: tl.constexpr, MAP: tl.constexpr, PACKED: tl.constexpr, QUERY: tl.constexpr, WIDTH: tl.constexpr, TERMS: tl.constexpr,
     LOGITS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a chunk adds to the state: sum_t exp(e - c_t + weight_t) phi_k(t) [v_t, 1].
@@ -155,7 +195,7 @@ def chunk_states(
     """
     n, bh, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row, head = (bh // HS).to(tl.int64), bh % HS
-    i, d, f, e = n * C + tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BF), block * BV + tl.arange(0, BV)
+    i, f = n * C + tl.arange(0, C), tl.arange(0, BF)
     sums, total, enter = _gates(decay, weight, row, head, n, T, HS, C)
     here, before, last = _documents(document, row, n, T, C, PACKED)
     added = tl.zeros([BF, BV], tl.float32)
@@ -172,10 +212,10 @@ def chunk_states(
             own = head // R
             part = tl.full([C], 1.0, tl.float32)
             exponent = tl.where(here == last, total - sums + enter, NEG_INF)
-        value = _load(values + row * vb + own * vh, i - shift, e, vt, 1, T - shift, V)
-        x_t = _load(x + row * xb + own * xh, d, i - shift, 1, xt, D, T - shift)
-        map_t = _load(maps + (own % map_heads) * D * F2, f, d, 1, F2, F2, D)
-        logs = _columns(x_t, map_t, F2, BF, MAP, LOGITS) + exponent[None, :]
+        start = n * C - shift
+        value = _tokens(values + row * vb + own * vh + block * BV, start, vt, T - shift, WIDTH, C, BV, False)
+        x_t = _tokens(x + row * xb + own * xh, start, xt, T - shift, D, C, BD, True)
+        logs = _columns(x_t, maps + (own % map_heads) * TERMS * D * F2, D, F2, BD, BF, MAP, LOGITS) + exponent[None, :]
         top = tl.maximum(peak, tl.max(logs, 1))
         rescale = tl.exp(peak - _finite(top))
         features = tl.exp(logs - _finite(top)[:, None])
@@ -183,7 +223,7 @@ def chunk_states(
         mass = mass * rescale + tl.sum(features * part[None, :], 1)
         peak = top
     base = bh.to(tl.int64) * N + n
-    _store(kv + base * F2 * V, added, f, e, V, 1, F2, V)
+    _put_tokens(kv + base * F2 * V + block * BV, added, 0, V, F2, WIDTH, BF, BV, False)
     if block == 0:
         tl.store(norm + base * F2 + f, mass, mask=f < F2)
         tl.store(scale + base * F2 + f, peak, mask=f < F2)
@@ -253,31 +293,29 @@ def outputs(
     q, k, v, decay, weight, document, query_maps, key_maps, kv, norm, scale, y, log_mass,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, query_map_heads, key_map_heads, T, N, shift, G, HS, R,
     D: tl.constexpr, F2: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, MAP: tl.constexpr, PACKED: tl.constexpr,
+    C: tl.constexpr, MAP: tl.constexpr, PACKED: tl.constexpr, TERMS: tl.constexpr,
     LOGITS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y and log_mass of a chunk, for the G query heads that share a state."""
     n, bh = tl.program_id(0), tl.program_id(1)
     row, head = (bh // HS).to(tl.int64), bh % HS
-    i, d, f, e = n * C + tl.arange(0, C), tl.arange(0, BD), tl.arange(0, BF), tl.arange(0, BV)
+    i, f, start = n * C + tl.arange(0, C), tl.arange(0, BF), n * C - shift
     sums, total, enter = _gates(decay, weight, row, head, n, T, HS, C)
     here, before, last = _documents(document, row, n, T, C, PACKED)
     key = head // R
-    map_t = _load(key_maps + (key % key_map_heads) * D * F2, f, d, 1, F2, F2, D)
-    k_t = _load(k + row * kb + key * kh, d, i - shift, 1, kt, D, T - shift)
-    logs_k = _columns(k_t, map_t, F2, BF, MAP, LOGITS)
+    k_t = _tokens(k + row * kb + key * kh, start, kt, T - shift, D, C, BD, True)
+    logs_k = _columns(k_t, key_maps + (key % key_map_heads) * TERMS * D * F2, D, F2, BD, BF, MAP, LOGITS)
     peak_k = _peak(logs_k, 0, MAP)
     phi_k = tl.exp(logs_k - peak_k[None, :])
-    value = _load(v + row * vb + key * vh, i - shift, e, vt, 1, T - shift, V)
+    value = _tokens(v + row * vb + key * vh, start, vt, T - shift, V, C, BV, False)
     base = bh.to(tl.int64) * N + n
-    memory = _load(kv + base * F2 * V, f, e, V, 1, F2, V)
+    memory = _matrix(kv + base * F2 * V, F2, V, BF, BV, False)
     memory_mass = tl.load(norm + base * F2 + f, mask=f < F2, other=0.0)
     memory_scale = tl.load(scale + base * F2 + f, mask=f < F2, other=NEG_INF)
     for g in range(0, G):
         own = head * G + g
-        tile = _load(q + row * qb + own * qh, i, d, qt, 1, T, D)
-        map_q = _load(query_maps + (own % query_map_heads) * D * F2, d, f, F2, 1, D, F2)
-        logs_q = _rows(tile, map_q, F2, BF, MAP, LOGITS)
+        tile = _tokens(q + row * qb + own * qh, n * C, qt, T, D, C, BD, False)
+        logs_q = _rows(tile, query_maps + (own % query_map_heads) * TERMS * D * F2, D, F2, BD, BF, MAP, LOGITS)
         peak_q = _peak(logs_q, 1, MAP)
         product = _dot(tl.exp(logs_q - peak_q[:, None]), phi_k, OPERAND, PRECISION)
         score = _pairs(sums, enter, here, peak_q, peak_k, C)
@@ -290,7 +328,7 @@ def outputs(
         empty = mass == 0
         mass = tl.where(empty, 1.0, mass)
         result = tl.where(empty[:, None], 0.0, sums_v / mass[:, None])
-        _store(y + row * T * (HS * G * V) + own * V, result, i, e, HS * G * V, 1, T, V)
+        _put_tokens(y + row * T * (HS * G * V) + own * V, result, n * C, HS * G * V, T, V, C, BV, False)
         lm = tl.where(empty, NEG_INF, tl.log(mass) + top)
         tl.store(log_mass + (row * T + i) * (HS * G) + own, lm, mask=i < T)
 
@@ -298,8 +336,10 @@ def outputs(
 @triton.jit(do_not_specialize=["rows"])
 def deltas(y, d_y, log_mass, d_log_mass, delta, rows, V: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr):
     """d_log_mass - dy.y: what every weight of a query gains by its mass."""
-    r, e = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS), tl.arange(0, BV)
-    out, slope = _load(y, r, e, V, 1, rows, V).to(tl.float32), _load(d_y, r, e, V, 1, rows, V).to(tl.float32)
+    start = tl.program_id(0) * ROWS
+    r = start + tl.arange(0, ROWS)
+    out = _tokens(y, start, V, rows, V, ROWS, BV, False).to(tl.float32)
+    slope = _tokens(d_y, start, V, rows, V, ROWS, BV, False).to(tl.float32)
     own = tl.load(d_log_mass + r, mask=r < rows, other=0.0) - tl.sum(out * slope, 1)
     lm = tl.load(log_mass + r, mask=r < rows, other=NEG_INF)
     tl.store(delta + r, tl.where(lm == NEG_INF, 0.0, own), mask=r < rows)
@@ -310,7 +350,7 @@ def query_gradients(
     q, k, v, decay, weight, document, query_maps, key_maps, kv, norm, scale, d_y, log_mass, delta, d_q, d_maps, sides,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, query_map_heads, key_map_heads, T, N, shift, span, G, HS, R,
     D: tl.constexpr, F2: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, MAP: tl.constexpr, PACKED: tl.constexpr,
+    C: tl.constexpr, MAP: tl.constexpr, PACKED: tl.constexpr, TERMS: tl.constexpr,
     LOGITS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_q, this program's part of the query map's gradient, and `sides`: d_log phi_q summed over the features."""
@@ -318,10 +358,9 @@ def query_gradients(
     row, own = (bh // (HS * G)).to(tl.int64), bh % (HS * G)
     head = own // G
     key = head // R
-    d, f, e = tl.arange(0, BD), tl.arange(0, BF), tl.arange(0, BV)
-    map_q = _load(query_maps + (own % query_map_heads) * D * F2, d, f, F2, 1, D, F2)
-    map_qt = _load(query_maps + (own % query_map_heads) * D * F2, f, d, 1, F2, F2, D)
-    map_k = _load(key_maps + (key % key_map_heads) * D * F2, d, f, F2, 1, D, F2)
+    f = tl.arange(0, BF)
+    map_q = query_maps + (own % query_map_heads) * TERMS * D * F2
+    map_k = key_maps + (key % key_map_heads) * TERMS * D * F2
     d_map = tl.zeros([BD, BF], tl.float32)
     for n in range(part * span, tl.minimum(part * span + span, N)):
         i = n * C + tl.arange(0, C)
@@ -331,18 +370,20 @@ def query_gradients(
         lm = tl.load(log_mass + scalars, mask=i < T, other=NEG_INF)
         gain = tl.load(delta + scalars, mask=i < T, other=0.0)
         lm = tl.where(lm == NEG_INF, float("inf"), lm)
-        slope = _load(d_y + row * T * (HS * G * V) + own * V, i, e, HS * G * V, 1, T, V)
-        v_t = _load(v + row * vb + key * vh, e, i - shift, 1, vt, V, T - shift)
-        tile = _load(q + row * qb + own * qh, i, d, qt, 1, T, D)
-        logs_q = _rows(tile, map_q, F2, BF, MAP, LOGITS)
-        logs_k = _rows(_load(k + row * kb + key * kh, i - shift, d, kt, 1, T - shift, D), map_k, F2, BF, MAP, LOGITS)
+        start = n * C - shift
+        slope = _tokens(d_y + row * T * (HS * G * V) + own * V, n * C, HS * G * V, T, V, C, BV, False)
+        v_t = _tokens(v + row * vb + key * vh, start, vt, T - shift, V, C, BV, True)
+        tile = _tokens(q + row * qb + own * qh, n * C, qt, T, D, C, BD, False)
+        logs_q = _rows(tile, map_q, D, F2, BD, BF, MAP, LOGITS)
+        tile = _tokens(k + row * kb + key * kh, start, kt, T - shift, D, C, BD, False)
+        logs_k = _rows(tile, map_k, D, F2, BD, BF, MAP, LOGITS)
         peak_q, peak_k = _peak(logs_q, 1, MAP), _peak(logs_k, 1, MAP)
         pairs = tl.exp(tl.minimum(_pairs(sums, enter, here, peak_q - lm, peak_k, C), LARGEST))
         pairs *= _dot(slope, v_t, OPERAND, PRECISION) + gain[:, None]
         gradient = _dot(pairs, tl.exp(logs_k - peak_k[:, None]), OPERAND, PRECISION)
         gradient *= tl.exp(logs_q - peak_q[:, None])
         base = bh.to(tl.int64) // G * N + n
-        memory_t = _load(kv + base * F2 * V, e, f, 1, V, V, F2)
+        memory_t = _matrix(kv + base * F2 * V, F2, V, BF, BV, True)
         memory_mass = tl.load(norm + base * F2 + f, mask=f < F2, other=0.0)
         memory_scale = tl.load(scale + base * F2 + f, mask=f < F2, other=NEG_INF)
         read = tl.exp(logs_q + memory_scale[None, :] + (tl.where(here == before, sums, NEG_INF) - lm)[:, None])
@@ -352,12 +393,13 @@ def query_gradients(
             result = gradient
         else:
             gradient = _logits_gradient(gradient, logs_q, 1, F2, BF, MAP)
-            result = _dot(gradient, map_qt, OPERAND, PRECISION)
-            q_t = _load(q + row * qb + own * qh, d, i, 1, qt, D, T)
+            result = _dot(gradient, _matrix(map_q, D, F2, BD, BF, True), OPERAND, PRECISION)
+            q_t = _tokens(q + row * qb + own * qh, n * C, qt, T, D, C, BD, True)
             d_map += _dot(q_t, gradient, OPERAND, PRECISION)
-        _store(d_q + row * T * (HS * G * D) + own * D, result, i, d, HS * G * D, 1, T, D)
+        _put_tokens(d_q + row * T * (HS * G * D) + own * D, result, n * C, HS * G * D, T, D, C, BD, False)
     if MAP != "none":
-        _store(d_maps + (part * tl.num_programs(1) + bh).to(tl.int64) * D * F2, d_map, d, f, F2, 1, D, F2)
+        d_maps += (part * tl.num_programs(1) + bh).to(tl.int64) * D * F2
+        _put_tokens(d_maps, d_map, 0, F2, D, F2, BD, BF, False)
 
 
 @triton.jit(do_not_specialize=["T", "N", "shift", "span"])
@@ -366,24 +408,24 @@ def key_gradients(
     products, d_k, d_v, d_maps, d_decay, d_weight,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, query_map_heads, key_map_heads, T, N, shift, span, G, HS, R,
     D: tl.constexpr, F2: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, MAP: tl.constexpr, PACKED: tl.constexpr,
+    C: tl.constexpr, MAP: tl.constexpr, PACKED: tl.constexpr, TERMS: tl.constexpr,
     LOGITS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """d_k and d_v per head of the state, the gates' gradients, and this program's part of the key map's."""
     part, bh = tl.program_id(0), tl.program_id(1)
     row, head = (bh // HS).to(tl.int64), bh % HS
     key = head // R
-    d, f, e = tl.arange(0, BD), tl.arange(0, BF), tl.arange(0, BV)
-    map_k = _load(key_maps + (key % key_map_heads) * D * F2, d, f, F2, 1, D, F2)
-    map_kt = _load(key_maps + (key % key_map_heads) * D * F2, f, d, 1, F2, F2, D)
+    f = tl.arange(0, BF)
+    map_k = key_maps + (key % key_map_heads) * TERMS * D * F2
     d_map = tl.zeros([BF, BD], tl.float32)
     for n in range(part * span, tl.minimum(part * span + span, N)):
         i = n * C + tl.arange(0, C)
         sums, total, enter = _gates(decay, weight, row, head, n, T, HS, C)
         here, before, last = _documents(document, row, n, T, C, PACKED)
-        v_t = _load(v + row * vb + key * vh, e, i - shift, 1, vt, V, T - shift)
-        k_t = _load(k + row * kb + key * kh, d, i - shift, 1, kt, D, T - shift)
-        logs_k = _columns(k_t, map_kt, F2, BF, MAP, LOGITS)
+        start = n * C - shift
+        v_t = _tokens(v + row * vb + key * vh, start, vt, T - shift, V, C, BV, True)
+        k_t = _tokens(k + row * kb + key * kh, start, kt, T - shift, D, C, BD, True)
+        logs_k = _columns(k_t, map_k, D, F2, BD, BF, MAP, LOGITS)
         peak_k = _peak(logs_k, 0, MAP)
         phi_k = tl.exp(logs_k - peak_k[None, :])
         gradient = tl.zeros([BF, C], tl.float32)
@@ -397,24 +439,22 @@ def key_gradients(
             side += tl.load(sides + scalars, mask=i < T, other=0.0)
             lm = tl.where(lm == NEG_INF, float("inf"), lm)
             slopes, heads = d_y + row * T * (HS * G * V) + own * V, HS * G * V
-            queries, maps = q + row * qb + own * qh, query_maps + (own % query_map_heads) * D * F2
-            map_q = _load(maps, d, f, F2, 1, D, F2)
-            logs_q = _rows(_load(queries, i, d, qt, 1, T, D), map_q, F2, BF, MAP, LOGITS)
+            queries, maps = q + row * qb + own * qh, query_maps + (own % query_map_heads) * TERMS * D * F2
+            logs_q = _rows(_tokens(queries, n * C, qt, T, D, C, BD, False), maps, D, F2, BD, BF, MAP, LOGITS)
             peak_q = _peak(logs_q, 1, MAP)
             pairs = tl.exp(tl.minimum(_pairs(sums, enter, here, peak_q - lm, peak_k, C), LARGEST))
             product = _dot(tl.exp(logs_q - peak_q[:, None]), phi_k, OPERAND, PRECISION)
-            slope_t = _load(slopes, e, i, 1, heads, V, T)
+            slope_t = _tokens(slopes, n * C, heads, T, V, C, BV, True)
             d_value += _dot(slope_t, pairs * product, OPERAND, PRECISION)
-            slope = _load(slopes, i, e, heads, 1, T, V)
+            slope = _tokens(slopes, n * C, heads, T, V, C, BV, False)
             pairs *= _dot(slope, v_t, OPERAND, PRECISION) + gain[:, None]
-            map_qt = _load(maps, f, d, 1, F2, F2, D)
-            logs_qt = _columns(_load(queries, d, i, 1, qt, D, T), map_qt, F2, BF, MAP, LOGITS)
+            logs_qt = _columns(_tokens(queries, n * C, qt, T, D, C, BD, True), maps, D, F2, BD, BF, MAP, LOGITS)
             phi_q = tl.exp(logs_qt - _peak(logs_qt, 0, MAP)[None, :])
             gradient += _dot(phi_q, pairs, OPERAND, PRECISION)
         gradient *= phi_k
         base = bh.to(tl.int64) * N + n
-        memory = _load(d_kv + base * F2 * V, f, e, V, 1, F2, V)
-        memory_t = _load(d_kv + base * F2 * V, e, f, 1, V, V, F2)
+        memory = _matrix(d_kv + base * F2 * V, F2, V, BF, BV, False)
+        memory_t = _matrix(d_kv + base * F2 * V, F2, V, BF, BV, True)
         memory_mass = tl.load(d_norm + base * F2 + f, mask=f < F2, other=0.0)
         memory_scale = tl.load(d_scale + base * F2 + f, mask=f < F2, other=NEG_INF)
         leaves = tl.where(here == last, total - sums + enter, NEG_INF)
@@ -430,14 +470,15 @@ def key_gradients(
             result = gradient
         else:
             gradient = _logits_gradient(gradient, logs_k, 0, F2, BF, MAP)
-            result = _dot(map_k, gradient, OPERAND, PRECISION)
-            rows_k = _load(k + row * kb + key * kh, i - shift, d, kt, 1, T - shift, D)
+            result = _dot(_matrix(map_k, D, F2, BD, BF, False), gradient, OPERAND, PRECISION)
+            rows_k = _tokens(k + row * kb + key * kh, start, kt, T - shift, D, C, BD, False)
             d_map += _dot(gradient, rows_k, OPERAND, PRECISION)
         own_k, own_v = d_k + row * T * HS * D, d_v + row * T * HS * V
-        _store(own_k + head * D, result, d, i - shift, 1, HS * D, D, T - shift)
-        _store(own_v + head * V, d_value, e, i - shift, 1, HS * V, V, T - shift)
+        _put_tokens(own_k + head * D, result, start, HS * D, T - shift, D, C, BD, True)
+        _put_tokens(own_v + head * V, d_value, start, HS * V, T - shift, V, C, BV, True)
     if MAP != "none":
-        _store(d_maps + (part * tl.num_programs(1) + bh).to(tl.int64) * D * F2, d_map, f, d, 1, F2, F2, D)
+        d_maps += (part * tl.num_programs(1) + bh).to(tl.int64) * D * F2
+        _put_tokens(d_maps, d_map, 0, F2, D, F2, BD, BF, True)
 
 
 INTERPRETED = not isinstance(outputs, triton.JITFunction)

@@ -19,11 +19,11 @@ KEPT_BLOCK = 16  # kept tokens a tile: few, and no dot takes fewer
 # Kernel -> (bytes of a number, head_dim up to) -> query rows M, keys N, warps, stages.
 TILES = {
     "forward": {(2, 64): (128, 64, 4, 3), (2, 128): (128, 64, 8, 3), (2, 256): (64, 32, 4, 2),
-                (4, 64): (64, 32, 4, 2), (4, 128): (32, 32, 4, 2), (4, 256): (16, 16, 4, 1)},
+                (4, 64): (64, 32, 4, 2), (4, 128): (32, 32, 8, 2), (4, 256): (16, 16, 4, 1)},
     "query": {(2, 64): (128, 64, 4, 2), (2, 128): (128, 64, 8, 2), (2, 256): (64, 32, 8, 1),
-              (4, 64): (32, 32, 4, 1), (4, 128): (32, 16, 4, 1), (4, 256): (16, 16, 4, 1)},
+              (4, 64): (32, 32, 8, 1), (4, 128): (32, 16, 8, 1), (4, 256): (16, 16, 4, 1)},
     "key": {(2, 64): (64, 64, 4, 2), (2, 128): (64, 64, 8, 2), (2, 256): (32, 64, 8, 1),
-            (4, 64): (32, 32, 4, 1), (4, 128): (16, 32, 4, 1), (4, 256): (16, 16, 4, 1)},
+            (4, 64): (32, 32, 4, 1), (4, 128): (16, 32, 8, 1), (4, 256): (16, 16, 4, 1)},
 }  # fmt: skip
 # Kept tokens are seen by every later query of their document. Their gradients are summed over chunks of this many
 # queries in parallel, then over the chunks, always in the same order.
@@ -215,11 +215,16 @@ def _step(q, k, v, past_k, past_v, valid, kept_k, kept_v, length, sinks, mask, s
     shape = _shape(q, k, v, None)
     shape = {name: value for name, value in shape.items() if name not in ("sqt", "skt", "svt", "DOCUMENTS")}
     sinks = None if sinks is None else sinks.contiguous()
-    tile = {"M": max(16, _next_power_of_2(heads // kv_heads)), "N": 16 if INTERPRETED else 64}
+    wide = max(shape["BLOCK_DK"], shape["BLOCK_DV"]) * q.element_size()  # N: what the shared memory holds, two stages
+    tile = {
+        "M": max(16, _next_power_of_2(heads // kv_heads)),
+        "N": 16 if INTERPRETED else min(64, max(16, 8192 // wide)),
+    }
     kernels.step_kernel[(batch * kv_heads,)](
         q, k, v, *state, sinks, mask, y, log_mass, *new, past_k.shape[1], kept_k.shape[1],
         0 if sinks is None else sinks.shape[-1], scale,
         ssh=0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], **shape, **tile, R=KEPT_BLOCK,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     return (y, log_mass, *new)
 

@@ -24,7 +24,7 @@ SIZES = ["count", "window", "keep", "offset"]  # a new length, window or state n
 @triton.jit
 def _dot(a, b):
     if INTERPRETED:  # its bf16 products are wrong
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+        a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")  # fp32 inputs are multiplied in fp32, not in tf32
 
 
@@ -44,18 +44,21 @@ def _store(base, offsets, x, mask, DIM: tl.constexpr, BLOCK: tl.constexpr):
 @triton.jit
 def _first(FIRST, b, i, count, DOCUMENTS: tl.constexpr):
     """The slot at which the document of query i begins; i is a number or a vector."""
-    if FIRST is None:
-        return i * 0
-    if DOCUMENTS:
-        return tl.load(FIRST + b * count + i, mask=i < count, other=0)
-    return i * 0 + tl.load(FIRST + b)
+    first = i * 0
+    if FIRST is not None:
+        if DOCUMENTS:
+            first = tl.load(FIRST + b * count + i, mask=i < count, other=0)
+        else:
+            first += tl.load(FIRST + b)
+    return first
 
 
 @triton.jit
 def _length(LENGTHS, b, count):
-    if LENGTHS is None:
-        return count
-    return tl.load(LENGTHS + b)
+    length = count
+    if LENGTHS is not None:
+        length = tl.load(LENGTHS + b)
+    return length
 
 
 @triton.jit
