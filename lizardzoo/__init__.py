@@ -1,7 +1,13 @@
-"""lizardzoo: a modular zoo of token mixers that linearizes pretrained language models."""
+"""lizardzoo: a modular zoo of token mixers that linearizes pretrained language models.
 
+The verbs `linearize` and `distill` have the names of the modules they come from; what else those modules hold is
+imported as in `from lizardzoo.distill import load_data`.
+"""
+
+from lizardzoo import evaluate
 from lizardzoo.adapters import softmax_mode
 from lizardzoo.config import MixerSpec, register_mixer, register_preset
+from lizardzoo.distill import distill
 from lizardzoo.errors import LizardzooError
 from lizardzoo.linearize import from_pretrained, linearize
 from lizardzoo.mixers import GatedLinear, Hybrid, Softmax, Window
@@ -14,6 +20,8 @@ __all__ = [
     "MixerSpec",
     "Softmax",
     "Window",
+    "distill",
+    "evaluate",
     "from_pretrained",
     "linearize",
     "register_mixer",

@@ -84,7 +84,7 @@ def results(outputs: tuple[Tensor, Tensor], inputs: Inputs) -> list[Tensor]:
     finite = torch.isfinite(log_mass)
     log_mass = log_mass.masked_fill(~finite, 0.0)
     gradients = torch.autograd.grad(
-        (y.double() * weights[0]).sum() + (log_mass.double() * weights[1]).sum(), inputs.leaves()
+        (y.double() * weights[0]).sum() + (log_mass.double() * weights[1]).sum(), inputs.leaves(), retain_graph=True
     )
     return [x.detach().double() for x in (y, log_mass, finite, *gradients)]
 
@@ -168,7 +168,7 @@ def test_large_scores(dtype: torch.dtype) -> None:
 
 
 def test_gradients_are_deterministic() -> None:
-    inputs, options = draw(3000, sinks=[0.1]).each(torch.bfloat16), flags(3000)
+    inputs, options = draw(2000, sinks=[0.1]).each(torch.bfloat16), flags(2000)
 
     def run() -> list[Tensor]:
         outputs = window_attention(*inputs[:3], sinks=inputs.sinks, window=100, keep=4, impl="triton", **options)
@@ -199,14 +199,14 @@ def test_splitting_a_sequence_changes_little(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("window", "keep"), [(1, 0), (50, 3), (128, 4)])
+@pytest.mark.parametrize(("window", "keep", "dim"), [(1, 0, 64), (50, 3, 128), (128, 4, 64), (70, 20, 256)])
 @torch.no_grad()
-def test_a_fold_of_steps_is_the_whole(window: int, keep: int, dtype: torch.dtype) -> None:
+def test_a_fold_of_steps_is_the_whole(window: int, keep: int, dim: int, dtype: torch.dtype) -> None:
     length = 200
-    q, k, v, _ = draw(length, heads=9, kv_heads=3).each(dtype)
+    q, k, v, _ = draw(length, heads=9, kv_heads=3, dim=dim).each(dtype)
     sinks, mask = torch.randn(9, 2, device="cuda"), flags(length)["mask"]
     whole = window_attention(q, k, v, window=window, keep=keep, sinks=sinks, mask=mask, impl="triton")
-    state = init_state(2, 3, 64, window, keep, dtype, "cuda")
+    state = init_state(2, 3, dim, window, keep, dtype, "cuda")
     for x in (state.k, state.v, state.kept_k, state.kept_v):
         x.fill_(float("nan"))  # nothing may read a token that is not there
     outputs = []
@@ -223,7 +223,7 @@ def test_a_fold_of_steps_is_the_whole(window: int, keep: int, dtype: torch.dtype
     torch.testing.assert_close(log_mass[finite], whole[1][finite], rtol=1e-5, atol=1e-5)
     assert whole[2] is not None
     for a, b in zip(state, whole[2]):
-        assert torch.equal(a.nan_to_num(0.0), b)
+        assert torch.equal(a.nan_to_num(0.0) if a.is_floating_point() else a, b)
 
 
 @torch.no_grad()
@@ -247,6 +247,7 @@ def test_a_step_in_a_cuda_graph() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
 def test_torch_compile_takes_the_whole_graph(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     inputs = draw(300, sinks=[0.5]).each(torch.bfloat16)

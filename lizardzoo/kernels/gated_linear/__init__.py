@@ -145,10 +145,10 @@ def _implementation(impl: Impl | str, device: torch.device) -> Any:
     if not interpreted and resolve(OP, impl, available, device) is Impl.REFERENCE:
         return reference
     try:
-        from lizardzoo.kernels.gated_linear import custom_ops
+        from lizardzoo.kernels.gated_linear import ops
     except ImportError as error:
         raise LizardzooError(f"{OP}: triton is not installed; pip install triton, or pass impl='reference'") from error
-    return custom_ops
+    return ops
 
 
 def _check(

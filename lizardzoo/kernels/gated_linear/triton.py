@@ -232,14 +232,15 @@ def chunk_states(
 
 @triton.jit(do_not_specialize=["N"])
 def scan(
-    kv, norm, scale, carry, kv_0, norm_0, scale_0, kv_n, norm_n, scale_n,
+    kv, norm, scale, carry, kv_0, norm_0, scale_0, kv_n, norm_n, scale_n, to_kv, to_norm, to_scale,
     old_kv, old_norm, old_scale, last_kv, last_norm, last_scale, products, N,
     F2: tl.constexpr, V: tl.constexpr, SF: tl.constexpr, BV: tl.constexpr, START: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Replace what each chunk adds (kv, norm, scale) by the state before it, and give the one at the end.
+    """From what each chunk adds (kv, norm, scale) to the state before it (to_*), and the one at the end.
 
     REVERSE: from the right, with the gradient of the state behind each chunk in the place of the state before it; also
-    `products`, that gradient times that state (old_*: the states before each chunk; last_*: behind the last).
+    `products`, that gradient times that state (old_*: the states before each chunk; last_*: behind the last). Never in
+    place: a vector has copies in several warps, and one would store before another has loaded.
     """
     bh, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     f, e = block * SF + tl.arange(0, SF), tl.arange(0, BV)
@@ -266,14 +267,14 @@ def scan(
         add_mass = tl.load(norm + at * F2 + vector, mask=f < F2, other=0.0)
         add_top = tl.load(scale + at * F2 + vector, mask=f < F2, other=NEG_INF)
         kept = top + tl.load(carry + at)
-        tl.store(kv + at * F2 * V + matrix, state, mask=inside)
-        tl.store(norm + at * F2 + vector, mass, mask=f < F2)
-        tl.store(scale + at * F2 + vector, top, mask=f < F2)
+        tl.store(to_kv + at * F2 * V + matrix, state.to(to_kv.dtype.element_ty), mask=inside)
+        tl.store(to_norm + at * F2 + vector, mass, mask=f < F2)
+        tl.store(to_scale + at * F2 + vector, top, mask=f < F2)
         if REVERSE:
             product = tl.sum(state * after, 1) + mass * after_mass
             product = tl.where((top == NEG_INF) | (after_top == NEG_INF), 0.0, product * tl.exp(top + after_top))
             tl.store(products + at * tl.num_programs(1) + block, tl.sum(product, 0))
-            after = tl.load(old_kv + at * F2 * V + matrix, mask=inside, other=0.0)
+            after = tl.load(old_kv + at * F2 * V + matrix, mask=inside, other=0.0).to(tl.float32)
             after_mass = tl.load(old_norm + at * F2 + vector, mask=f < F2, other=0.0)
             after_top = tl.load(old_scale + at * F2 + vector, mask=f < F2, other=NEG_INF)
         top = tl.maximum(kept, add_top)

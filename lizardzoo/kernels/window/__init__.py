@@ -118,8 +118,7 @@ def init_state(
 
 def _kernels(impl: Impl | str, q: Tensor, v: Tensor) -> Any:
     """The module that computes."""
-    if impl != Impl.TRITON:
-        resolve(OP, impl, (Impl.REFERENCE,), q.device)
+    if impl != Impl.TRITON and resolve(OP, impl, (Impl.REFERENCE, Impl.TRITON), q.device) is Impl.REFERENCE:
         return reference
     try:
         from lizardzoo.kernels.window import ops

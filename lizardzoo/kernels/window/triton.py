@@ -98,7 +98,8 @@ def forward_kernel(
     mass = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, BLOCK_DV], tl.float32)
     i0 = tile * M // G
-    start = tl.maximum(_first(FIRST, b, i0, count, DOCUMENTS), i0 - window + 1)
+    first0 = _first(FIRST, b, i0, count, DOCUMENTS)
+    start = tl.maximum(first0, i0 - window + 1)
     stop = tl.minimum((tile * M + M - 1) // G + 1, length)
     for t0 in range(start, stop, N):
         t = t0 + tl.arange(0, N)
@@ -110,8 +111,11 @@ def forward_kernel(
         peak, mass, acc = _attend(peak, mass, acc, _dot(q, tl.trans(k)) * (scale * LOG2E), visible, v)
 
     if KEEP:  # for each document of the tile: the kept tokens that have left a window
-        left = tl.where(real & (i - first >= window), first, NO_DOCUMENT)
-        document = tl.max(left, 0)
+        left = first
+        document = tl.where(stop - 1 - first0 >= window, first0, NO_DOCUMENT)
+        if DOCUMENTS:
+            left = tl.where(real & (i - first >= window), first, NO_DOCUMENT)
+            document = tl.max(left, 0)
         while document > NO_DOCUMENT:
             for r0 in range(0, keep, R):
                 r = r0 + tl.arange(0, R)
@@ -122,7 +126,10 @@ def forward_kernel(
                 v = _load(values, index * svt, kept, DV, BLOCK_DV)
                 visible = (left == document)[:, None] & kept[None, :] & (slot[None, :] <= (i - window)[:, None])
                 peak, mass, acc = _attend(peak, mass, acc, _dot(q, tl.trans(k)) * (scale * LOG2E), visible, v)
-            document = tl.max(tl.where(left < document, left, NO_DOCUMENT), 0)
+            if DOCUMENTS:
+                document = tl.max(tl.where(left < document, left, NO_DOCUMENT), 0)
+            else:
+                document = document * 0 + NO_DOCUMENT
 
     if SINK is not None:
         sink = tl.load(SINK + heads) * LOG2E
@@ -175,7 +182,8 @@ def query_gradient_kernel(
 
     dq = tl.zeros([M, BLOCK_DK], tl.float32)
     i0 = tile * M // G
-    start = tl.maximum(_first(FIRST, b, i0, count, DOCUMENTS), i0 - window + 1)
+    first0 = _first(FIRST, b, i0, count, DOCUMENTS)
+    start = tl.maximum(first0, i0 - window + 1)
     stop = tl.minimum((tile * M + M - 1) // G + 1, length)
     for t0 in range(start, stop, N):
         t = t0 + tl.arange(0, N)
@@ -187,8 +195,11 @@ def query_gradient_kernel(
         dq += _dot(_score_gradient(q, k, v, dy, log_mass, delta, visible, scale).to(k.dtype), k)
 
     if KEEP:
-        left = tl.where(real & (i - first >= window), first, NO_DOCUMENT)
-        document = tl.max(left, 0)
+        left = first
+        document = tl.where(stop - 1 - first0 >= window, first0, NO_DOCUMENT)
+        if DOCUMENTS:
+            left = tl.where(real & (i - first >= window), first, NO_DOCUMENT)
+            document = tl.max(left, 0)
         while document > NO_DOCUMENT:
             for r0 in range(0, keep, R):
                 r = r0 + tl.arange(0, R)
@@ -199,7 +210,10 @@ def query_gradient_kernel(
                 v = _load(values, index * svt, kept, DV, BLOCK_DV)
                 visible = (left == document)[:, None] & kept[None, :] & (slot[None, :] <= (i - window)[:, None])
                 dq += _dot(_score_gradient(q, k, v, dy, log_mass, delta, visible, scale).to(k.dtype), k)
-            document = tl.max(tl.where(left < document, left, NO_DOCUMENT), 0)
+            if DOCUMENTS:
+                document = tl.max(tl.where(left < document, left, NO_DOCUMENT), 0)
+            else:
+                document = document * 0 + NO_DOCUMENT
     _store(DQ, place * DK, (dq * scale).to(DQ.dtype.element_ty), i < count, DK, BLOCK_DK)
 
 
@@ -281,9 +295,9 @@ def key_gradient_kernel(
 ):  # fmt: skip
     """dk and dv of a tile of keys."""
     total = offset + count
-    tiles = tl.cdiv(total, N)
-    tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles) % HKV
-    b = (tl.program_id(0) // tiles // HKV).to(tl.int64)
+    columns = tl.num_programs(0) // tl.cdiv(total, N)  # B * HKV
+    tile, column = tl.program_id(0) // columns, tl.program_id(0) % columns  # those with kept tokens take long: first
+    head, b = column % HKV, (column // HKV).to(tl.int64)
     length = _length(LENGTHS, b, count)
     key = tile * N + tl.arange(0, N)
     in_window = key >= tl.where(offset > 0, keep, 0)  # before them the state's kept tokens

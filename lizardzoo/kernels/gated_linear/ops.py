@@ -10,10 +10,11 @@ from torch import Tensor
 from lizardzoo.errors import LizardzooError
 from lizardzoo.kernels.features import FeatureMap
 from lizardzoo.kernels.gated_linear import triton as kernels
+from lizardzoo.kernels.gated_linear import triton_step
 from lizardzoo.kernels.rows import arrange, tail
 
 NEG_INF = float("-inf")
-MAX_SIZE = 256
+MAX_SIZE = 128
 PROGRAMS = 512
 """Programs that share a map's gradient: about four for each multiprocessor of a large GPU, each with its own part."""
 Activation = str  # "softmax", "exp" or "none"; a plain string, as operators take no literals
@@ -37,7 +38,7 @@ def blocks(head_dim: int, features: int, value_dim: int, wide: bool) -> Blocks:
     """
     padded = [max(16, 1 << (n - 1).bit_length()) for n in (head_dim, features, value_dim)]
     largest = max(padded)
-    chunk = 64 if largest <= 128 and not (wide and largest > 64) else 32 if largest <= 256 else 16
+    chunk = 64 if largest <= 128 and not wide else 32 if largest <= 128 or not wide else 16
     return Blocks(chunk, *padded, num_warps=8 if largest > 64 else 4)
 
 
@@ -70,7 +71,7 @@ class _Launch:
         return {
             "D": self.head_dim, "F2": self.features, "V": self.value_dim, "BD": block.head_dim, "BF": block.features,
             "BV": block.value_dim, "C": block.chunk, "MAP": self.activation, "PACKED": packed,
-            "num_warps": block.num_warps, **self.precision,
+            "num_warps": block.num_warps, "num_stages": 1, **self.precision,
         }  # fmt: skip
 
     def parts(self, heads: int) -> tuple[int, int]:
@@ -88,10 +89,11 @@ class _Launch:
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
 
-    def states(self, *shape: int) -> list[Tensor]:
-        """kv, norm, scale."""
+    def states(self, *shape: int, narrow: bool = False) -> list[Tensor]:
+        """kv, norm, scale; narrow: kv as products take it."""
         shape = (self.batch, self.state_heads, *shape, self.features)
-        return [self.empty(*shape, self.value_dim), self.empty(*shape), self.empty(*shape)]
+        dtype = torch.bfloat16 if narrow and self.precision["OPERAND"] == "bf16" else torch.float32
+        return [self.empty(*shape, self.value_dim, dtype=dtype), self.empty(*shape), self.empty(*shape)]
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -110,25 +112,25 @@ def _states(
     shift: int,
 ) -> tuple[list[Tensor], list[Tensor], Tensor]:
     """The states before each chunk, the one at the end, and the chunks' decays."""
-    before, last = launch.states(launch.chunks), launch.states()
+    added, before, last = launch.states(launch.chunks), launch.states(launch.chunks, narrow=True), launch.states()
     carry = launch.empty(launch.batch, launch.state_heads, launch.chunks)
     rows = launch.batch * launch.state_heads
     kernels.chunk_states[launch.chunks, rows, -(-launch.value_dim // launch.width)](
-        k, v, decay, weight, document, key_map, None, None, *before, carry, *_strides(k, v),
+        k, v, decay, weight, document, key_map, None, None, *added, carry, *_strides(k, v),
         launch.map_heads, launch.count, launch.chunks, shift, 1, launch.state_heads, launch.repeats,
         QUERY=False, **{**launch.sizes(document is not None), "BV": launch.width, "WIDTH": min(launch.width, launch.value_dim)},
     )  # fmt: skip
     kernels.scan[rows, _scan_blocks(launch)](
-        *before, carry, *initial, *last, *before, *last, None, launch.chunks,
+        *added, carry, *initial, *last, *before, *before, *last, None, launch.chunks,
         F2=launch.features, V=launch.value_dim, SF=_scan_rows(launch), BV=launch.block.value_dim,
-        START=initial[0] is not None, REVERSE=False, num_warps=2,
+        START=initial[0] is not None, REVERSE=False, num_warps=1,
     )  # fmt: skip
     return before, last, carry
 
 
 def _scan_rows(launch: _Launch) -> int:
-    """Features of a program of the scan: 1,024 numbers in its hands, so that many programs share the matrix."""
-    return max(1, 1024 // launch.block.value_dim)
+    """Features of a program of the scan: 512 numbers in its hands, so that many programs share the matrix."""
+    return max(1, 512 // launch.block.value_dim)
 
 
 def _scan_blocks(launch: _Launch) -> int:
@@ -184,19 +186,19 @@ def gated_linear_backward(
     kernels.deltas[-(-delta.numel() // 64),](
         y, d_y, log_mass, d_log_mass, delta, delta.numel(), V=launch.value_dim, BV=launch.block.value_dim, ROWS=64
     )
-    after, first = launch.states(launch.chunks), launch.states()
+    added, after, first = launch.states(launch.chunks), launch.states(launch.chunks, narrow=True), launch.states()
     rows = batch * launch.state_heads
     query_heads = query_map.shape[0]
     kernels.chunk_states[launch.chunks, rows, -(-launch.value_dim // launch.width)](
-        q, d_y, decay, weight, document, query_map, log_mass, delta, *after, carry, *_strides(q, d_y),
+        q, d_y, decay, weight, document, query_map, log_mass, delta, *added, carry, *_strides(q, d_y),
         query_heads, count, launch.chunks, 0, launch.groups, launch.state_heads, 1,
         QUERY=True, **{**launch.sizes(packed), "BV": launch.width, "WIDTH": min(launch.width, launch.value_dim)},
     )  # fmt: skip
     products = launch.empty(batch, launch.state_heads, launch.chunks, _scan_blocks(launch))
     kernels.scan[rows, _scan_blocks(launch)](
-        *after, carry, d_kv, d_norm, last_scale, *first, *before, *last, products, launch.chunks,
+        *added, carry, d_kv, d_norm, last_scale, *first, *after, *before, *last, products, launch.chunks,
         F2=launch.features, V=launch.value_dim, SF=_scan_rows(launch), BV=launch.block.value_dim,
-        START=d_kv is not None, REVERSE=True, num_warps=2,
+        START=d_kv is not None, REVERSE=True, num_warps=1,
     )  # fmt: skip
     products = products.sum(-1)
 
@@ -299,8 +301,10 @@ def chunked(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts,
     weight = _per_head(delayed(past_input, log_input), state_heads)
     if lag and log_decay.shape[2]:
         before = log_decay.new_zeros(batch, lag, log_decay.shape[2]) if past_decay is None else past_decay
-        total = torch.cat([before, log_decay], 1).double().cumsum(1)  # fp64: it grows with the length
-        weight = weight + _per_head((total[:, lag:] - total[:, :-lag]).float(), state_heads)
+        # fp64: it grows with the length; along the last axis, which is many times faster
+        total = torch.cat([before, log_decay], 1).double().transpose(1, 2).contiguous().cumsum(2)
+        lost = (total[..., lag:] - total[..., :-lag]).float().transpose(1, 2)
+        weight = weight + _per_head(lost, state_heads)
     slots = torch.arange(count, device=q.device)
     enters = slots >= lag + skip
     if mask is not None or starts is not None or state is not None:
@@ -337,6 +341,57 @@ def chunked(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts,
         length = rows.next_length(torch.zeros_like(rows.lengths) if length is None else length)
         new_state = (*memory, *(tail(a, b, rows.lengths, lag) for a, b in waiting), valid, length)
     return rows.unpack(y), rows.unpack(log_mass), new_state
+
+
+@torch.library.custom_op("lizardzoo::gated_linear_step", mutates_args=())
+def gated_linear_step(
+    q: Tensor, k: Tensor, v: Tensor, decay: Optional[Tensor], enter: Optional[Tensor], query_map: Tensor,
+    key_map: Tensor, mask: Optional[Tensor], kv: Tensor, norm: Tensor, scale: Tensor, old_k: Tensor, old_v: Tensor,
+    old_decay: Tensor, old_enter: Tensor, old_valid: Tensor, length: Tensor, activation: str, skip: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """y, log_mass and the nine tensors of the next state, from one kernel. Maps [1 or heads, D, F], W alone."""
+    outputs = _step_outputs(q, v, kv, norm, scale, old_k, old_v, old_decay, old_enter, old_valid, length)
+    batch, _, heads, head_dim = q.shape
+    features, value_dim, state_heads = kv.shape[2], v.shape[3], kv.shape[1]
+    block = blocks(head_dim, features, value_dim, True)
+    width = max(16, 1 << (min(value_dim, 32) - 1).bit_length())
+    triton_step.step[batch * state_heads, -(-value_dim // width)](
+        q, k, v, decay, enter, query_map, key_map, mask, kv, norm, scale, old_k, old_v, old_decay, old_enter,
+        old_valid, length, *outputs, query_map.shape[0], key_map.shape[0], old_k.shape[1], skip,
+        heads // state_heads, state_heads, state_heads // k.shape[2],
+        DECAYS=old_decay.shape[2], ENTERS=old_enter.shape[2], D=head_dim, F2=features, V=value_dim,
+        BD=block.head_dim, BF=block.features, BV=width, MAP=activation, MASKED=mask is not None, BLOCK=1024,
+        num_warps=4,
+    )  # fmt: skip
+    return outputs
+
+
+def _step_outputs(q: Tensor, v: Tensor, *state: Tensor) -> tuple[Any, ...]:
+    y = q.new_empty(*q.shape[:3], v.shape[3])
+    return y, state[0].new_empty(q.shape[:3]), *(torch.empty_like(x) for x in state)
+
+
+@gated_linear_step.register_fake
+def _(q, k, v, decay, enter, query_map, key_map, mask, kv, *rest):  # type: ignore[no-untyped-def]
+    return _step_outputs(q, v, kv, *rest[:8])
+
+
+def step(q, k, v, log_decay, log_input, feature_map, skip, mask, state):  # type: ignore[no-untyped-def]
+    """One token; see `lizardzoo.kernels.gated_linear.gated_linear_attention_step`."""
+    check(q, v, feature_map, state)
+    maps = () if feature_map is None else (feature_map.query, feature_map.key)
+    inputs = (q, k, v, log_decay, log_input, *maps, *state[:7])
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        lag = state[3].shape[1]
+        return chunked(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, None, state, True)
+    query_map, key_map = (m.contiguous() for m in maps) if maps else (q.new_zeros(1), q.new_zeros(1))
+    gates = (None if x is None else x.float().contiguous() for x in (log_decay, log_input))
+    mask = None if mask is None else mask.contiguous()
+    y, log_mass, *new = gated_linear_step(
+        q.contiguous(), k.contiguous(), v.contiguous(), *gates, query_map, key_map, mask,
+        *(x.contiguous() for x in state), "none" if feature_map is None else feature_map.activation, skip,
+    )  # fmt: skip
+    return y, log_mass, tuple(new)
 
 
 def check(q: Tensor, v: Tensor, feature_map: FeatureMap | None, state: Any) -> None:
