@@ -1,0 +1,229 @@
+"""The Triton kernels of gated linear attention on the device, at their real tile sizes: outputs and gradients."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lizardzoo.kernels import FeatureMap, gated_linear_attention, gated_linear_attention_step
+from lizardzoo.kernels.gated_linear import init_state
+
+pytestmark = pytest.mark.gpu
+LENGTHS = [1, 63, 64, 65, 127, 500, 2048, 4097]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+FLOOR = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 3e-6}  # a quarter of the dtype's step, or a few
+NAMES = ("q", "k", "v", "log_decay", "log_input", "query", "key")
+
+
+class Inputs(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    log_decay: Tensor | None
+    log_input: Tensor | None
+    query: Tensor
+    key: Tensor
+
+    def each(self, dtype: torch.dtype) -> Inputs:
+        """In a dtype, as leaves; gates and maps, which parameters make, in fp32 at least."""
+        wide = torch.promote_types(dtype, torch.float32)
+        dtypes = [dtype] * 3 + [wide] * 4
+        return Inputs(*(None if x is None else x.to(d).detach().requires_grad_() for x, d in zip(self, dtypes)))
+
+    def leaves(self) -> list[Tensor]:
+        return [x for x in self if x is not None]
+
+    def arguments(self, activation: Any) -> dict[str, Any]:
+        named = dict(zip(NAMES[:5], self))
+        return {**named, "feature_map": FeatureMap(self.query, self.key, activation)}
+
+
+def draw(
+    length: int,
+    *,
+    batch: int = 0,
+    heads: int = 6,
+    kv_heads: int = 2,
+    dim: int = 64,
+    features: int = 64,
+    decay: int | None = 2,
+    enter: int | None = 2,
+    gate: float = 4.0,
+    map_scale: float = 1.0,
+) -> Inputs:
+    """Numbers that every dtype of DTYPES holds exactly enough: the same inputs for all. `gate`: the decay's logit."""
+    batch = batch or (2 if length <= 2048 else 1)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, device="cuda")
+
+    q, k, v = (randn(batch, length, n, dim).bfloat16().float() for n in (heads, kv_heads, kv_heads))
+    log_decay = None if decay is None else F.logsigmoid(randn(batch, length, decay) + gate)
+    log_input = None if enter is None else randn(batch, length, enter)
+    query, key = ((torch.eye(dim, features, device="cuda") + 0.05 * randn(n, dim, features)) for n in (heads, kv_heads))
+    return Inputs(q, k, v, log_decay, log_input, query * map_scale, key * map_scale)
+
+
+def flags(length: int, batch: int = 2) -> dict[str, Tensor]:
+    return {
+        "mask": torch.rand(batch, length, device="cuda") < 0.8,
+        "starts": torch.rand(batch, length, device="cuda") < 0.01,
+    }
+
+
+def results(inputs: Inputs, impl: str, activation: str = "softmax", **options: Any) -> list[Tensor]:
+    """y, log_mass (finite part, and which are) and the gradients of a fixed function of both, in float64."""
+    arguments = inputs.arguments(activation)
+    y, log_mass, _ = gated_linear_attention(**arguments, **options, impl=impl)
+    assert y.dtype == inputs.q.dtype
+    generator = torch.Generator("cuda").manual_seed(1)
+    weights = [torch.randn(x.shape, generator=generator, device="cuda").bfloat16() for x in (y, log_mass)]
+    finite = torch.isfinite(log_mass)
+    log_mass = log_mass.masked_fill(~finite, 0.0)
+    loss = (y.double() * weights[0]).sum() + (log_mass.double() * weights[1]).sum()
+    return [x.detach().double() for x in (y, log_mass, finite, *torch.autograd.grad(loss, inputs.leaves()))]
+
+
+def assert_within_budget(inputs: Inputs, dtype: torch.dtype, **options: Any) -> list[Tensor]:
+    """At most twice the error that the plain PyTorch reference makes in the same dtype."""
+    exact = results(inputs.each(torch.float64), "reference", **options)
+    plain = results(inputs.each(dtype), "reference", **options)
+    ours = results(inputs.each(dtype), "triton", **options)
+    largest = max(x.norm() for x in exact[3:])
+    names = ["y", "log_mass", "visible", *(f"d_{n}" for n, x in zip(NAMES, inputs) if x is not None)]
+    for name, a, b, c in zip(names, ours, plain, exact, strict=True):
+        scale = largest if name.startswith("d_") else c.norm()
+        budget = 2 * (b - c).norm() + FLOOR[dtype] * scale
+        assert (a - c).norm() <= budget, f"{name}: {(a - c).norm() / scale:.1e}, PyTorch {(b - c).norm() / scale:.1e}"
+    return ours
+
+
+@pytest.fixture(autouse=True)
+def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel forgets to write shows as NaN."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(x: Tensor) -> Tensor:
+        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(1)
+
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
+    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_any_length_in_any_dtype(length: int, dtype: torch.dtype) -> None:
+    assert_within_budget(draw(length), dtype, lag=min(70, length // 3), skip=3)
+
+
+@pytest.mark.parametrize("gate", [-6.0, 9.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gates_near_0_and_1(dtype: torch.dtype, gate: float) -> None:
+    assert_within_budget(draw(700, gate=gate), dtype)
+
+
+@pytest.mark.parametrize("heads", [(None, None), (1, 1), (6, 2), (2, 6)])
+def test_gates_of_any_sharing(heads: tuple[int | None, int | None]) -> None:
+    assert_within_budget(draw(300, decay=heads[0], enter=heads[1]), torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dim", "features"), [(32, 32), (60, 20), (128, 64)])
+def test_head_and_feature_dims(dim: int, features: int, dtype: torch.dtype) -> None:
+    assert_within_budget(draw(200, dim=dim, features=features), dtype, lag=20)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padding_and_packed_documents(dtype: torch.dtype) -> None:
+    assert_within_budget(draw(500), dtype, lag=20, skip=2, **flags(500))
+
+
+@pytest.mark.parametrize("map_scale", [1.0, 2.5])
+def test_exp_features(map_scale: float) -> None:
+    """Logits of +-10 at most: within a chunk, weights are taken relative to a row's largest feature, in fp32."""
+    assert_within_budget(draw(300, map_scale=map_scale), torch.float32, activation="exp")
+
+
+def test_a_row_without_a_real_token_gives_nothing() -> None:
+    inputs, mask = draw(130), torch.ones(2, 130, dtype=torch.bool, device="cuda")
+    mask[0] = False
+    y, log_mass, _, *gradients = results(inputs.each(torch.bfloat16), "triton", mask=mask)
+    assert (y[0] == 0).all() and (log_mass[0] == 0).all()
+    assert all(g.isfinite().all() for g in gradients) and (gradients[0][0] == 0).all()
+
+
+def test_runs_agree_to_the_last_bit() -> None:
+    inputs = draw(1500).each(torch.bfloat16)
+    first = results(inputs, "triton", lag=64)
+    for _ in range(5):
+        assert all(torch.equal(a, b) for a, b in zip(first, results(inputs, "triton", lag=64)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("lag", [0, 1, 100])
+@pytest.mark.parametrize("activation", ["softmax", "exp"])
+def test_steps_and_pieces_go_on_from_a_state(lag: int, activation: str) -> None:
+    inputs = draw(150, map_scale=1.0)
+    arguments = inputs.arguments(activation)
+    maps = arguments.pop("feature_map")
+    expected = gated_linear_attention(**arguments, feature_map=maps, lag=lag, skip=2, impl="reference")
+
+    def piece(start: int, end: int) -> dict[str, Any]:
+        return {name: x[:, start:end] for name, x in arguments.items()}
+
+    state = init_state(2, 6, 2, 64, 128, lag, 2, 2, torch.float32, "cuda")
+    outputs = []
+    for start, end in itertools.pairwise([0, 70, 131]):
+        *output, state = gated_linear_attention(
+            **piece(start, end), feature_map=maps, lag=lag, skip=2, state=state, impl="triton"
+        )
+        outputs.append(output)
+    for t in range(131, 150):
+        *output, state = gated_linear_attention_step(
+            **piece(t, t + 1), feature_map=maps, skip=2, state=state, impl="triton"
+        )
+        outputs.append(output)
+    y, log_mass = (torch.cat(part, 1) for part in zip(*outputs))
+    finite = torch.isfinite(expected[1])
+    assert torch.equal(finite, torch.isfinite(log_mass))
+    assert (y - expected[0]).norm() <= 1e-4 * expected[0].norm()
+    assert (log_mass - expected[1])[finite].abs().max() <= 1e-4
+
+
+@torch.no_grad()
+def test_a_step_can_be_captured_in_a_graph() -> None:
+    inputs = draw(1).each(torch.bfloat16)
+    state = init_state(2, 6, 2, 64, 128, 100, 2, 2, torch.bfloat16, "cuda")
+    arguments = inputs.arguments("softmax")
+    expected = gated_linear_attention_step(**arguments, state=state, impl="triton")
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = gated_linear_attention_step(**arguments, state=state, impl="triton")
+    graph.replay()
+    assert torch.equal(captured[0], expected[0]) and torch.equal(captured[2].kv, expected[2].kv)
+
+
+def test_compiled_equals_eager_and_lengths_do_not_recompile_kernels() -> None:
+    from lizardzoo.kernels.gated_linear import ops
+
+    inputs = draw(200).each(torch.bfloat16)
+    eager = results(inputs, "triton", lag=64)
+
+    def branch(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        arguments = Inputs(*tensors).arguments("softmax")
+        return gated_linear_attention(**arguments, lag=64, return_state=False, impl="triton")[:2]
+
+    y, _ = torch.compile(branch, fullgraph=True)(*inputs)
+    assert torch.equal(y.double(), eager[0])
+    kernels = [ops.kernels.chunk_states, ops.kernels.scan, ops.kernels.outputs, ops.kernels.key_gradients]
+    results(draw(500).each(torch.bfloat16), "triton", lag=64)
+    count = [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
+    for length in (129, 300, 1027):
+        results(draw(length).each(torch.bfloat16), "triton", lag=65)
+    assert count == [sum(len(cache[0]) for cache in kernel.device_caches.values()) for kernel in kernels]
