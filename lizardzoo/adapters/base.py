@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -50,11 +50,17 @@ def is_new_parameter(name: str) -> bool:
     return ".self_attn.mixer." in name
 
 
+@dataclass(kw_only=True)
 class LizardConfigMixin:
-    """Adds `layers`, the list of spec dicts, to a family's config. `layer_types` follows from it."""
+    """Adds to a family's config `layers`, one spec dict per layer (or a preset name for all; see `lizardzoo.config`).
 
-    layers: Any
-    teacher_layer_types: Any
+    `layer_types` follows from it and from `teacher_layer_types`, which says what each layer was in the teacher.
+    """
+
+    base_model_tp_plan: ClassVar[Any] = None  # a plan would have to shard the mixers' per-head parameters too
+
+    layers: list[Any] | str | None = None
+    teacher_layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]

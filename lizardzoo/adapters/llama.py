@@ -1,7 +1,5 @@
 """Llama (and all that calls itself so: Llama 2 and 3, SmolLM)."""
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaPreTrainedModel
@@ -18,13 +16,9 @@ from lizardzoo.adapters.base import (
 
 @strict
 class LizardLlamaConfig(LizardConfigMixin, LlamaConfig):
-    """LlamaConfig with `layers`: one spec dict per layer, or a preset name for all (see `lizardzoo.config`)."""
+    """LlamaConfig with `layers`."""
 
     model_type = "lizard_llama"
-    base_model_tp_plan: ClassVar[Any] = None  # a plan would have to shard the mixers' per-head parameters too
-
-    layers: list[Any] | str | None = None
-    teacher_layer_types: list[str] | None = None
 
 
 class LizardLlamaAttention(MixedAttention, LlamaAttention):

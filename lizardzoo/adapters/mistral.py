@@ -1,7 +1,5 @@
 """Mistral: a head_dim of its own, and where the config says so a sliding window in every layer."""
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 from transformers import MistralConfig, MistralForCausalLM, MistralModel
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralPreTrainedModel
@@ -18,13 +16,9 @@ from lizardzoo.adapters.base import (
 
 @strict
 class LizardMistralConfig(LizardConfigMixin, MistralConfig):
-    """MistralConfig with `layers`: one spec dict per layer, or a preset name for all (see `lizardzoo.config`)."""
+    """MistralConfig with `layers`."""
 
     model_type = "lizard_mistral"
-    base_model_tp_plan: ClassVar[Any] = None  # a plan would have to shard the mixers' per-head parameters too
-
-    layers: list[Any] | str | None = None
-    teacher_layer_types: list[str] | None = None
 
 
 class LizardMistralAttention(MixedAttention, MistralAttention):

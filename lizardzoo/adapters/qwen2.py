@@ -1,7 +1,5 @@
 """Qwen2 and Qwen2.5: biases on q, k and v, and possibly sliding windows in the upper layers."""
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2PreTrainedModel
@@ -19,13 +17,9 @@ from lizardzoo.adapters.base import (
 
 @strict
 class LizardQwen2Config(LizardConfigMixin, Qwen2Config):
-    """Qwen2Config with `layers`: one spec dict per layer, or a preset name for all (see `lizardzoo.config`)."""
+    """Qwen2Config with `layers`."""
 
     model_type = "lizard_qwen2"
-    base_model_tp_plan: ClassVar[Any] = None  # a plan would have to shard the mixers' per-head parameters too
-
-    layers: list[Any] | str | None = None
-    teacher_layer_types: list[str] | None = None
 
 
 class LizardQwen2Attention(MixedAttention, Qwen2Attention):

@@ -1,7 +1,5 @@
 """Qwen3: q and k are normed per head before RoPE; possibly sliding windows in the upper layers."""
 
-from typing import Any, ClassVar
-
 from huggingface_hub.dataclasses import strict
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
@@ -20,13 +18,9 @@ from lizardzoo.adapters.base import (
 
 @strict
 class LizardQwen3Config(LizardConfigMixin, Qwen3Config):
-    """Qwen3Config with `layers`: one spec dict per layer, or a preset name for all (see `lizardzoo.config`)."""
+    """Qwen3Config with `layers`."""
 
     model_type = "lizard_qwen3"
-    base_model_tp_plan: ClassVar[Any] = None  # a plan would have to shard the mixers' per-head parameters too
-
-    layers: list[Any] | str | None = None
-    teacher_layer_types: list[str] | None = None
 
 
 class LizardQwen3Attention(MixedAttention, Qwen3Attention):

@@ -102,7 +102,9 @@ def gated_linear_attention_step(
     check_token_flags(OP, q, mask=mask)
     if q.shape[1] != 1:
         raise LizardzooError(f"{OP}: a step takes one token, got {q.shape[1]}; call gated_linear_attention")
-    y, log_mass, new = _implementation(impl, q.device).step(q, k, v, log_decay, log_input, feature_map, skip, mask, state)
+    y, log_mass, new = _implementation(impl, q.device).step(
+        q, k, v, log_decay, log_input, feature_map, skip, mask, state
+    )
     return y, log_mass, GatedLinearState(*new)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from lizardzoo.kernels.rows import arrange, tail
 
 NEG_INF = float("-inf")
 MAX_SIZE = 128
+"""Of head_dim and of features: larger tiles do not fit a multiprocessor's shared memory."""
 PROGRAMS = 512
 """Programs that share a map's gradient: about four for each multiprocessor of a large GPU, each with its own part."""
 Activation = str  # "softmax", "exp" or "none"; a plain string, as operators take no literals
@@ -34,12 +35,11 @@ def blocks(head_dim: int, features: int, value_dim: int, wide: bool) -> Blocks:
     """The table of tile sizes; `wide`: 4-byte operands.
 
     A program holds several tiles [chunk, features] and one [features, value_dim] in registers, and their operands in
-    shared memory: with more features the chunk gets smaller.
+    shared memory: with wider operands the chunk gets smaller.
     """
-    padded = [max(16, 1 << (n - 1).bit_length()) for n in (head_dim, features, value_dim)]
-    largest = max(padded)
-    chunk = 64 if largest <= 128 and not wide else 32 if largest <= 128 or not wide else 16
-    return Blocks(chunk, *padded, num_warps=8 if largest > 64 else 4)
+    dim, wide_features, value = (max(16, 1 << (n - 1).bit_length()) for n in (head_dim, features, value_dim))
+    chunk = 64 if not wide else 32 if max(dim, value) <= 64 else 16
+    return Blocks(chunk, dim, wide_features, value, num_warps=8 if max(dim, wide_features, value) > 64 else 4)
 
 
 class _Launch:
@@ -73,6 +73,10 @@ class _Launch:
             "BV": block.value_dim, "C": block.chunk, "MAP": self.activation, "PACKED": packed,
             "num_warps": block.num_warps, "num_stages": 1, **self.precision,
         }  # fmt: skip
+
+    def columns(self, packed: bool) -> dict[str, Any]:
+        """The same for programs that each take some columns of the values."""
+        return {**self.sizes(packed), "BV": self.width, "WIDTH": min(self.width, self.value_dim)}
 
     def parts(self, heads: int) -> tuple[int, int]:
         """Programs along the sequence for a kernel that keeps a map's gradient, and the chunks of each."""
@@ -118,7 +122,7 @@ def _states(
     kernels.chunk_states[launch.chunks, rows, -(-launch.value_dim // launch.width)](
         k, v, decay, weight, document, key_map, None, None, *added, carry, *_strides(k, v),
         launch.map_heads, launch.count, launch.chunks, shift, 1, launch.state_heads, launch.repeats,
-        QUERY=False, **{**launch.sizes(document is not None), "BV": launch.width, "WIDTH": min(launch.width, launch.value_dim)},
+        QUERY=False, **launch.columns(document is not None),
     )  # fmt: skip
     kernels.scan[rows, _scan_blocks(launch)](
         *added, carry, *initial, *last, *before, *before, *last, None, launch.chunks,
@@ -139,9 +143,9 @@ def _scan_blocks(launch: _Launch) -> int:
 
 @torch.library.custom_op("lizardzoo::gated_linear", mutates_args=())
 def gated_linear(
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, weight: Tensor, document: Optional[Tensor],
-    query_map: Tensor, key_map: Tensor, kv: Optional[Tensor], norm: Optional[Tensor],
-    scale: Optional[Tensor], activation: str, shift: int,
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, weight: Tensor, document: Tensor | None,
+    query_map: Tensor, key_map: Tensor, kv: Tensor | None, norm: Tensor | None,
+    scale: Tensor | None, activation: str, shift: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, log_mass and the last state (kv, norm, scale).
 
@@ -158,7 +162,8 @@ def gated_linear(
         query_map.shape[0], launch.map_heads, launch.count, launch.chunks, shift,
         launch.groups, launch.state_heads, launch.repeats, **launch.sizes(document is not None),
     )  # fmt: skip
-    return y, log_mass, *last
+    kv, norm, scale = last
+    return y, log_mass, kv, norm, scale
 
 
 @gated_linear.register_fake
@@ -166,15 +171,16 @@ def _(q, k, v, decay, weight, document, query_map, key_map, kv, norm, scale, act
     features = key_map.shape[2]
     state = (q.shape[0], decay.shape[2], features)
     y = q.new_empty(*q.shape[:3], v.shape[3])
-    return y, decay.new_empty(q.shape[:3]), decay.new_empty(*state, v.shape[3]), *(decay.new_empty(state),) * 2
+    kv, norm, scale = decay.new_empty(*state, v.shape[3]), decay.new_empty(state), decay.new_empty(state)
+    return y, decay.new_empty(q.shape[:3]), kv, norm, scale
 
 
 @torch.library.custom_op("lizardzoo::gated_linear_backward", mutates_args=())
 def gated_linear_backward(
-    d_y: Tensor, d_log_mass: Tensor, d_kv: Optional[Tensor], d_norm: Optional[Tensor], last_scale: Optional[Tensor],
-    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, weight: Tensor, document: Optional[Tensor],
-    query_map: Tensor, key_map: Tensor, kv: Optional[Tensor], norm: Optional[Tensor],
-    scale: Optional[Tensor], y: Tensor, log_mass: Tensor, activation: str, shift: int,
+    d_y: Tensor, d_log_mass: Tensor, d_kv: Tensor | None, d_norm: Tensor | None, last_scale: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor, weight: Tensor, document: Tensor | None,
+    query_map: Tensor, key_map: Tensor, kv: Tensor | None, norm: Tensor | None,
+    scale: Tensor | None, y: Tensor, log_mass: Tensor, activation: str, shift: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k, v, decay, weight, both maps, kv and norm (empty where there is none)."""
     launch = _Launch(q, k, v, decay, key_map, activation)
@@ -192,7 +198,7 @@ def gated_linear_backward(
     kernels.chunk_states[launch.chunks, rows, -(-launch.value_dim // launch.width)](
         q, d_y, decay, weight, document, query_map, log_mass, delta, *added, carry, *_strides(q, d_y),
         query_heads, count, launch.chunks, 0, launch.groups, launch.state_heads, 1,
-        QUERY=True, **{**launch.sizes(packed), "BV": launch.width, "WIDTH": min(launch.width, launch.value_dim)},
+        QUERY=True, **launch.columns(packed),
     )  # fmt: skip
     products = launch.empty(batch, launch.state_heads, launch.chunks, _scan_blocks(launch))
     kernels.scan[rows, _scan_blocks(launch)](
@@ -345,8 +351,8 @@ def chunked(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts,
 
 @torch.library.custom_op("lizardzoo::gated_linear_step", mutates_args=())
 def gated_linear_step(
-    q: Tensor, k: Tensor, v: Tensor, decay: Optional[Tensor], enter: Optional[Tensor], query_map: Tensor,
-    key_map: Tensor, mask: Optional[Tensor], kv: Tensor, norm: Tensor, scale: Tensor, old_k: Tensor, old_v: Tensor,
+    q: Tensor, k: Tensor, v: Tensor, decay: Tensor | None, enter: Tensor | None, query_map: Tensor,
+    key_map: Tensor, mask: Tensor | None, kv: Tensor, norm: Tensor, scale: Tensor, old_k: Tensor, old_v: Tensor,
     old_decay: Tensor, old_enter: Tensor, old_valid: Tensor, length: Tensor, activation: str, skip: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, log_mass and the nine tensors of the next state, from one kernel. Maps [1 or heads, D, F], W alone."""
@@ -367,8 +373,9 @@ def gated_linear_step(
 
 
 def _step_outputs(q: Tensor, v: Tensor, *state: Tensor) -> tuple[Any, ...]:
-    y = q.new_empty(*q.shape[:3], v.shape[3])
-    return y, state[0].new_empty(q.shape[:3]), *(torch.empty_like(x) for x in state)
+    y = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
+    log_mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    return y, log_mass, *(torch.empty_like(x) for x in state)
 
 
 @gated_linear_step.register_fake
@@ -396,16 +403,15 @@ def step(q, k, v, log_decay, log_input, feature_map, skip, mask, state):  # type
 
 def check(q: Tensor, v: Tensor, feature_map: FeatureMap | None, state: Any) -> None:
     """What the kernels do not do."""
-    features = q.shape[3] if feature_map is None else feature_map.key.shape[2]
-    largest = max(q.shape[3], v.shape[3], features)
+    features = q.shape[3] if feature_map is None else 2 * feature_map.key.shape[2]
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise LizardzooError(
             f"gated_linear_attention: triton takes float32, bfloat16 and float16, got {q.dtype}; pass impl='reference'"
         )
-    if largest > MAX_SIZE:
+    if max(q.shape[3], v.shape[3], features) > MAX_SIZE:
         raise LizardzooError(
-            f"gated_linear_attention: triton takes head_dim and feature_dim up to {MAX_SIZE}, got {largest}; "
-            f"pass impl='reference'"
+            f"gated_linear_attention: triton takes head_dim and both halves of the features up to {MAX_SIZE}, "
+            f"got {q.shape[3]}, {v.shape[3]} and {features}; pass impl='reference'"
         )
     if state is not None and state[0].dtype != torch.float32:
         raise LizardzooError(

@@ -186,8 +186,8 @@ def chunk_states(
     x, values, decay, weight, document, maps, log_mass, delta, kv, norm, scale, carry,
     xb, xt, xh, vb, vt, vh, map_heads, T, N, shift, G, HS, R,
     D: tl.constexpr, F2: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, MAP: tl.constexpr, PACKED: tl.constexpr, QUERY: tl.constexpr, WIDTH: tl.constexpr, TERMS: tl.constexpr,
-    LOGITS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    C: tl.constexpr, MAP: tl.constexpr, PACKED: tl.constexpr, QUERY: tl.constexpr, WIDTH: tl.constexpr,
+    TERMS: tl.constexpr, LOGITS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a chunk adds to the state: sum_t exp(e - c_t + weight_t) phi_k(t) [v_t, 1].
 
@@ -201,7 +201,7 @@ def chunk_states(
     added = tl.zeros([BF, BV], tl.float32)
     mass = tl.zeros([BF], tl.float32)
     peak = tl.full([BF], NEG_INF, tl.float32)
-    for g in range(0, G):
+    for g in range(G):
         if QUERY:
             own = head * G + g
             scalars = (row * T + i) * (HS * G) + own
@@ -260,7 +260,7 @@ def scan(
         after = tl.load(last_kv + bh * F2 * V + matrix, mask=inside, other=0.0)
         after_mass = tl.load(last_norm + bh * F2 + vector, mask=f < F2, other=0.0)
         after_top = tl.load(last_scale + bh * F2 + vector, mask=f < F2, other=NEG_INF)
-    for step in range(0, N):
+    for step in range(N):
         n = N - 1 - step if REVERSE else step
         at = bh * N + n
         add = tl.load(kv + at * F2 * V + matrix, mask=inside, other=0.0)
@@ -301,8 +301,8 @@ def outputs(
     n, bh = tl.program_id(0), tl.program_id(1)
     row, head = (bh // HS).to(tl.int64), bh % HS
     i, f, start = n * C + tl.arange(0, C), tl.arange(0, BF), n * C - shift
-    sums, total, enter = _gates(decay, weight, row, head, n, T, HS, C)
-    here, before, last = _documents(document, row, n, T, C, PACKED)
+    sums, _, enter = _gates(decay, weight, row, head, n, T, HS, C)
+    here, before, _ = _documents(document, row, n, T, C, PACKED)
     key = head // R
     k_t = _tokens(k + row * kb + key * kh, start, kt, T - shift, D, C, BD, True)
     logs_k = _columns(k_t, key_maps + (key % key_map_heads) * TERMS * D * F2, D, F2, BD, BF, MAP, LOGITS)
@@ -313,7 +313,7 @@ def outputs(
     memory = _matrix(kv + base * F2 * V, F2, V, BF, BV, False)
     memory_mass = tl.load(norm + base * F2 + f, mask=f < F2, other=0.0)
     memory_scale = tl.load(scale + base * F2 + f, mask=f < F2, other=NEG_INF)
-    for g in range(0, G):
+    for g in range(G):
         own = head * G + g
         tile = _tokens(q + row * qb + own * qh, n * C, qt, T, D, C, BD, False)
         logs_q = _rows(tile, query_maps + (own % query_map_heads) * TERMS * D * F2, D, F2, BD, BF, MAP, LOGITS)
@@ -365,8 +365,8 @@ def query_gradients(
     d_map = tl.zeros([BD, BF], tl.float32)
     for n in range(part * span, tl.minimum(part * span + span, N)):
         i = n * C + tl.arange(0, C)
-        sums, total, enter = _gates(decay, weight, row, head, n, T, HS, C)
-        here, before, last = _documents(document, row, n, T, C, PACKED)
+        sums, _, enter = _gates(decay, weight, row, head, n, T, HS, C)
+        here, before, _ = _documents(document, row, n, T, C, PACKED)
         scalars = (row * T + i) * (HS * G) + own
         lm = tl.load(log_mass + scalars, mask=i < T, other=NEG_INF)
         gain = tl.load(delta + scalars, mask=i < T, other=0.0)
@@ -422,7 +422,7 @@ def key_gradients(
     for n in range(part * span, tl.minimum(part * span + span, N)):
         i = n * C + tl.arange(0, C)
         sums, total, enter = _gates(decay, weight, row, head, n, T, HS, C)
-        here, before, last = _documents(document, row, n, T, C, PACKED)
+        here, _, last = _documents(document, row, n, T, C, PACKED)
         start = n * C - shift
         v_t = _tokens(v + row * vb + key * vh, start, vt, T - shift, V, C, BV, True)
         k_t = _tokens(k + row * kb + key * kh, start, kt, T - shift, D, C, BD, True)
@@ -432,7 +432,7 @@ def key_gradients(
         gradient = tl.zeros([BF, C], tl.float32)
         d_value = tl.zeros([BV, C], tl.float32)
         side = tl.zeros([C], tl.float32)
-        for g in range(0, G):
+        for g in range(G):
             own = head * G + g
             scalars = (row * T + i) * (HS * G) + own
             lm = tl.load(log_mass + scalars, mask=i < T, other=NEG_INF)

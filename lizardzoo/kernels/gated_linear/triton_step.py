@@ -24,7 +24,7 @@ def _one(x, maps, F2: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, BF: tl.co
 
 @triton.jit
 def _shift(old, new, target, real, count, size, stride, BLOCK: tl.constexpr):
-    """target = the last `count` tokens of [old, new], where `real`; a token has `size` numbers, the next is `stride` on."""
+    """target = the last `count` tokens of [old, new], where `real`; a token has `size` numbers, `stride` apart."""
     for start in range(0, count * size, BLOCK):
         at = start + tl.arange(0, BLOCK)
         token, column = at // size, at % size
@@ -93,7 +93,7 @@ def step(
     if block == 0:
         tl.store(new_norm + states + f, mass, mask=f < F2)
         tl.store(new_scale + states + f, top, mask=f < F2)
-    for g in range(0, G):
+    for g in range(G):
         own = head * G + g
         at = row * (HS * G) + own
         logs_q = _one(q + at * D, query_maps + (own % query_map_heads) * D * (F2 // 2), F2, D, BD, BF, MAP)
@@ -122,6 +122,6 @@ def step(
                 _shift(old_enter + past_at, enter + at, new_enter + past_at, real, lag, ENTERS, ENTERS, BLOCK)
             for start in range(0, lag, BLOCK):  # a token that is pushed in is real
                 j = start + tl.arange(0, BLOCK)
-                value = tl.load(old_valid + past + j + real, mask=j + real < lag, other=1)
-                tl.store(new_valid + past + j, value, mask=j < lag)
+                waits = tl.load(old_valid + past + j + real, mask=j + real < lag, other=1)
+                tl.store(new_valid + past + j, waits, mask=j < lag)
             tl.store(new_length + row, seen + real)
