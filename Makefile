@@ -13,7 +13,7 @@ RUN  := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-gpu test-oldest check bench clean
+.PHONY: help demo test test-gpu test-second check bench clean
 
 help:  ## say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -29,8 +29,9 @@ test-gpu: $(VENV)/.installed-test  ## only the tests that need a CUDA device; wi
 	  f"make test-gpu needs a CUDA device, and torch {torch.__version__} finds none here")'
 	$(RUN) -m pytest -m gpu $(ARGS)
 
-test-oldest: $(VENV)-oldest/.installed  ## the laws of mixers and adapters on the oldest transformers that is supported
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV)-oldest/bin/python -m pytest -n $(WORKERS) tests/adapters tests/mixers $(ARGS)
+test-second: $(VENV)-second/.installed  ## a second environment: the laws on the oldest transformers, Triton in its interpreter
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV)-second/bin/python -m pytest -n $(WORKERS) \
+	  tests/adapters tests/mixers tests/kernels/test_*_triton.py $(ARGS)
 
 check: $(VENV)/.installed-dev  ## format, lint, types, and the snippets of the documentation
 	$(RUN) -m ruff format --check .
@@ -56,10 +57,10 @@ $(VENV)/.installed-%: pyproject.toml
 	@touch $@
 .PRECIOUS: $(VENV)/.installed-%
 
-# The lower bound that pyproject.toml names, read from there.
-$(VENV)-oldest/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)-oldest
-	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check "$(TORCH)"
-	$(VENV)-oldest/bin/python -m pip install --disable-pip-version-check -e ".[test]" \
+# The lower bound of transformers that pyproject.toml names, read from there.
+$(VENV)-second/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-second
+	$(VENV)-second/bin/python -m pip install --disable-pip-version-check "$(TORCH)"
+	$(VENV)-second/bin/python -m pip install --disable-pip-version-check -e ".[test,triton]" \
 	  "$$(grep -oE 'transformers>=[0-9.]+' pyproject.toml | head -1 | sed 's/>=/==/')"
 	@touch $@

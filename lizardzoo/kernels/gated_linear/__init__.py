@@ -20,6 +20,9 @@ from lizardzoo.kernels.features import FeatureMap
 from lizardzoo.kernels.gated_linear import reference
 
 OP = "gated_linear_attention"
+PROVEN_ON_GPU = False
+"""Whether the Triton kernels have passed tests/gpu on a device. They equal the reference in Triton's interpreter, but
+an earlier version raced on an H100; a wrong gradient is worse than none: CUDA tensors are refused until they pass."""
 
 
 class GatedLinearState(NamedTuple):
@@ -142,6 +145,8 @@ def init_state(
 
 def _implementation(impl: Impl | str, device: torch.device) -> Any:
     """The module that holds `chunked` and `step`. Triton's interpreter (TRITON_INTERPRET=1) takes CPU tensors too."""
+    if impl == Impl.TRITON and device.type == "cuda" and not PROVEN_ON_GPU:
+        raise LizardzooError(f"{OP}: its Triton kernels have not passed their GPU tests yet; pass impl='reference'")
     interpreted = impl == Impl.TRITON and device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     available = (Impl.REFERENCE,) if impl == Impl.AUTO else (Impl.REFERENCE, Impl.TRITON)
     if not interpreted and resolve(OP, impl, available, device) is Impl.REFERENCE:

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
-from lizardzoo.kernels.gated_linear.triton import NEG_INF, _finite, _log_features, tl, triton
+import triton
+import triton.language as tl
+
+from lizardzoo.kernels.gated_linear.triton import NEG_INF, _finite, _log_features
 
 
 @triton.jit
