@@ -30,9 +30,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when torch is imported
 import torch
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 from rich.panel import Panel
 from rich.progress import Progress
 from rich.table import Table
+from rich.text import Text
 from stdlib_text import documentation
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -40,7 +42,7 @@ from transformers.utils import logging as transformers_logging
 
 import lizardzoo as lz
 from lizardzoo import evaluate
-from lizardzoo.distill import distill, recipe_from
+from lizardzoo.distill import recipe_from
 from lizardzoo.errors import LizardzooError
 from lizardzoo.evaluate.positions import Bucket
 from lizardzoo.evaluate.report import Report, human_bytes
@@ -48,7 +50,7 @@ from lizardzoo.smollm2 import load_teacher
 
 OUT = Path("out/demo")
 RECIPE = "demo"
-EVALUATION = (3, 2048)
+EVALUATION = (4, 2048)
 """Held-out sequences (the beginning of one module each) and their length: longer than any in training."""
 CALIBRATION = (2, 1024)
 QUESTION = "Write a short story about a lizard that loses its tail."
@@ -98,9 +100,9 @@ def closing_table(lines: Sequence[Summary], window: int) -> Table:
     """What it all came to."""
     table = Table(title=f"held-out text, inside the window (positions below {window}) and beyond")
     table.add_column("\nmodel", overflow="fold")
-    for title in ("perplexity\ninside", "perplexity\nbeyond", "KL\ninside", "KL\nbeyond"):
+    for title in ("perplexity\ninside", "\nbeyond", "KL\ninside", "\nbeyond"):
         table.add_column(title, justify="right")
-    table.add_column(f"memory at\n{LONG:,} tokens", justify="right")
+    table.add_column(f"memory at\n{LONG // 1024}K tokens", justify="right")
     for line in lines:
         table.add_row(
             line.name,
@@ -200,12 +202,12 @@ def run(out: Path) -> None:
     with phase("Distil"):
         console.print("stage 1 (transfer): every mixer learns its layer's attention")
         console.print("stage 2 (finetune): LoRA and the mixers learn the teacher's logits")
-        distill(student, tokenizer=tokenizer, data=train, recipe=RECIPE, teacher=teacher, output_dir=out)
+        lz.distill(student, tokenizer=tokenizer, data=train, recipe=RECIPE, teacher=teacher, output_dir=out)
 
     with phase("Save and reload"):
         final = reload(out / "final", student, text[:1, : spec.window + 128])
         del student  # the one that was read again goes on
-        console.print(f"{out / 'final'}: both ways to read it give the logits of the model that was saved")
+        console.print(f"{escape(str(out / 'final'))}: both ways to read it give the logits of the model that was saved")
 
     with phase("Compare"):
         bare, matched = f"window {spec.window}", evaluate.state_matched_window(final)
@@ -228,7 +230,7 @@ def run(out: Path) -> None:
         samples = {name: answer(model, tokenizer) for name, model in (("teacher", teacher), (FINETUNED, final))}
         console.print(QUESTION)
         for name, sample in samples.items():
-            console.print(Panel(sample, title=name, title_align="left"))
+            console.print(Panel(Text(sample), title=name, title_align="left"))
 
     console.rule("[bold]Result[/]", align="left")
     tables = [report.table(), closing_table(lines, spec.window)]
@@ -253,8 +255,12 @@ def run(out: Path) -> None:
         "threads": torch.get_num_threads(),
     }
     (out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    console.print(f"saved: the model in [bold]{out / 'final'}[/] (read it with lizardzoo.from_pretrained);")
-    console.print(f"  in {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
+    console.print(
+        f"saved: the model in [bold]{escape(str(out / 'final'))}[/] (read it with lizardzoo.from_pretrained);"
+    )
+    console.print(
+        f"  in {escape(str(out))}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file()))
+    )
     console.print(f"time: {sum(phase.seconds.values()):.0f} s on {torch.get_num_threads()} threads")
     if broken := broken_promises(lines, bare):
         raise LizardzooError("; ".join(broken))

@@ -115,6 +115,7 @@ class MixedAttention(nn.Module):
         super().__init__(config, layer_idx)
         spec = config.specs[layer_idx]
         self.mixer = None
+        self.runs_softmax = spec.keeps_softmax  # `softmax_mode` sets it for a while
         if not spec.keeps_softmax:
             self.mixer = spec.build(attention_shape(config))
             if config.own_layer_types[layer_idx] == "sliding_attention":
@@ -141,7 +142,7 @@ class MixedAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, hidden] -> [B, T, hidden], and attention weights (None for a mixer)."""
-        if self.mixer is None or _SOFTMAX_MODE.get(id(self)):
+        if self.mixer is None or self.runs_softmax:
             return self.softmax_forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
         inputs = self.inputs(hidden_states, position_embeddings, **kwargs)
         if past_key_values is not None:
@@ -175,9 +176,6 @@ class MixedAttention(nn.Module):
             past_key_values=past_key_values,
             **kwargs,
         )
-
-
-_SOFTMAX_MODE: dict[int, bool] = {}
 
 
 class MixedModel(nn.Module):
@@ -332,14 +330,14 @@ class MixedForCausalLM:
 @contextmanager
 def softmax_mode(model: Any) -> Iterator[None]:
     """Inside, every layer runs the teacher's attention: with unchanged base weights, the model IS the teacher."""
-    keys = [id(attention) for attention in model.attentions()]
-    for key in keys:
-        _SOFTMAX_MODE[key] = True
+    before = [(attention, attention.runs_softmax) for attention in model.attentions()]
+    for attention, _ in before:
+        attention.runs_softmax = True
     try:
         yield
     finally:
-        for key in keys:
-            _SOFTMAX_MODE.pop(key, None)
+        for attention, flag in before:
+            attention.runs_softmax = flag
 
 
 def attention_shape(config: Any) -> AttentionShape:
