@@ -81,6 +81,9 @@ def contenders(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> 
     found: dict[str, Callable[[Inputs], Tensor]] = {
         "sdpa (causal softmax)": sdpa,
         "lizardzoo window": lambda i: window_attention(*i[:3], window=WINDOW, keep=KEEP, return_state=False)[0],
+        "lizardzoo window (triton)": lambda i: window_attention(
+            *i[:3], window=WINDOW, keep=KEEP, return_state=False, impl="triton" if device == "cuda" else "reference"
+        )[0],
         "lizardzoo gated linear": lambda i: gated_linear_attention(
             *i[:3], i.log_decay, log_input=i.log_input, feature_map=maps, lag=WINDOW, skip=KEEP, return_state=False
         )[0],
