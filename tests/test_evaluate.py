@@ -17,6 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lizardzoo as lz
 from lizardzoo import evaluate
+from lizardzoo.adapters.base import CACHE_KEYWORD
 from lizardzoo.cache import cache_bytes, kv_bytes, state_bytes
 from lizardzoo.errors import LizardzooError
 from lizardzoo.evaluate import positions
@@ -283,7 +284,7 @@ def test_bytes_are_those_that_a_cache_holds(student, tiny_llama):
     ids = torch.randint(0, 300, (1, 64))
     for name, model in (("teacher", tiny_llama), ("student", student)):
         with torch.no_grad():
-            cache = model(input_ids=ids, use_cache=True).past_key_values
+            cache = model(input_ids=ids, use_cache=True)[CACHE_KEYWORD]
         assert cache_bytes(cache) == pytest.approx(report[name].memory[64], rel=0.01)
     assert report["teacher"].memory[128] == kv_bytes(tiny_llama, 128) == 2 * report["teacher"].memory[64]
     grown = report["student"].memory[128] - report["student"].memory[64]

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -23,6 +24,9 @@ from lizardzoo.config import MixerSpec, resolve_layers
 from lizardzoo.errors import LizardzooError
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
 from lizardzoo.registry import Registry
+
+CACHE_KEYWORD = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
+"""What forwards, mask functions and outputs call the cache: transformers 5.24 renamed it, everywhere at once."""
 
 
 class Adapter:
@@ -138,15 +142,15 @@ class MixedAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, hidden] -> [B, T, hidden], and attention weights (None for a mixer)."""
         if self.mixer is None or self.runs_softmax:
-            return self.softmax_forward(hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
+            return self.softmax_forward(hidden_states, position_embeddings, attention_mask, **kwargs)
         inputs = self.inputs(hidden_states, position_embeddings, **kwargs)
-        if past_key_values is not None:
-            layers = past_key_values.layers
+        cache = _cache(kwargs)
+        if cache is not None:
+            layers = cache.layers
             layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
             if not isinstance(layer, MixerCacheLayer):
                 raise LizardzooError(
@@ -163,7 +167,6 @@ class MixedAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """What the teacher's own attention gives with this layer's projections."""
@@ -173,7 +176,6 @@ class MixedAttention(nn.Module):
             hidden_states=hidden_states,
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
             **kwargs,
         )
 
@@ -195,7 +197,7 @@ class MixedModel(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        *,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -204,9 +206,10 @@ class MixedModel(nn.Module):
         tokens = input_ids if input_ids is not None else inputs_embeds
         if tokens is not None:
             count = tokens.shape[1]
-            kwargs["token_mask"] = _token_mask(attention_mask, tokens, past_key_values)
+            cache = _cache(kwargs)
+            kwargs["token_mask"] = _token_mask(attention_mask, tokens, cache)
             starts = None
-            if attention_mask is None and past_key_values is None:
+            if attention_mask is None and cache is None:
                 starts = _document_starts(position_ids, tokens.shape[0], count)
             if starts is not None:
                 if use_cache:
@@ -220,7 +223,6 @@ class MixedModel(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -235,7 +237,7 @@ class LayerwiseMasks(nn.Module):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        *,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
@@ -246,16 +248,17 @@ class LayerwiseMasks(nn.Module):
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds, input_ids = self.embed_tokens(input_ids), None  # type: ignore[operator]
         if inputs_embeds is not None:
-            if use_cache and past_key_values is None:
-                past_key_values = DynamicCache(config=config)
+            cache = _cache(kwargs)
+            if use_cache and cache is None:
+                cache = kwargs[CACHE_KEYWORD] = DynamicCache(config=config)
             if position_ids is None:
-                seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+                seen = cache.get_seq_length() if cache is not None else 0
                 position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
             given = {
                 "config": config,
                 "inputs_embeds": inputs_embeds,
                 "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
+                CACHE_KEYWORD: cache,
                 "position_ids": position_ids,
             }
             full = create_causal_mask(**given)
@@ -267,7 +270,6 @@ class LayerwiseMasks(nn.Module):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -352,7 +354,12 @@ def attention_shape(config: Any) -> AttentionShape:
     )
 
 
-def _token_mask(attention_mask: Tensor | None, tokens: Tensor, past: Cache | None) -> Tensor | None:
+def _cache(kwargs: dict[str, Any]) -> Cache | None:
+    """The cache among a forward's keywords; its old name too, which transformers goes on to take from users."""
+    return kwargs.get(CACHE_KEYWORD, kwargs.get("past_key_values"))
+
+
+def _token_mask(attention_mask: Tensor | None, tokens: Tensor, cache: Cache | None) -> Tensor | None:
     """[B, T] bool of this call's tokens; None when all are real."""
     if attention_mask is None:
         return None
@@ -362,7 +369,7 @@ def _token_mask(attention_mask: Tensor | None, tokens: Tensor, past: Cache | Non
             f"arbitrary attention patterns need softmax"
         )
     batch, count = tokens.shape[:2]
-    seen = past.get_seq_length() if past is not None else 0
+    seen = cache.get_seq_length() if cache is not None else 0
     if attention_mask.shape[0] != batch or attention_mask.shape[1] != seen + count:
         raise LizardzooError(
             f"attention_mask is [{attention_mask.shape[0]}, {attention_mask.shape[1]}], expected "

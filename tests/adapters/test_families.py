@@ -20,7 +20,7 @@ from transformers import (
 import lizardzoo as lz
 from lizardzoo.adapters import ADAPTERS
 from lizardzoo.config import MixerSpec
-from tests.adapters.students import distance, student, tokens
+from tests.adapters.students import distance, past, student, tokens
 
 COMMON: dict[str, Any] = {
     "vocab_size": 300,
@@ -117,7 +117,7 @@ def test_cached_padded_and_generated_alike(name: str) -> None:
                     ids[:, start:end],
                     attention_mask=mask[:, :end],
                     position_ids=positions[:, start:end],
-                    past_key_values=cache,
+                    **past(cache),
                 ).logits
             )
         alone = model(ids[:1, 7:]).logits
@@ -129,6 +129,19 @@ def test_cached_padded_and_generated_alike(name: str) -> None:
     assert torch.equal(cached, model.generate(ids, attention_mask=mask, use_cache=False, **options))
     assert torch.equal(cached[:1, 7:], model.generate(ids[:1, 7:], **options))
     assert torch.equal(cached[1:], model.generate(ids[1:], prompt_lookup_num_tokens=2, **options))
+
+
+@every_family
+@pytest.mark.filterwarnings("ignore:.*past_key_values:FutureWarning")
+def test_a_cache_goes_in_by_its_old_name_too(name: str) -> None:
+    model, ids = student(make_teacher(name), MIXED).model, tokens(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+    with torch.no_grad():
+        old, new = (DynamicCache(config=model.config) for _ in range(2))
+        for end in (8, 9):
+            call = {"input_ids": ids[:, old.get_seq_length() : end], "attention_mask": mask[:, :end]}
+            assert torch.equal(model(**call, past_key_values=old)[0], model(**call, **past(new))[0])
 
 
 @every_family

@@ -13,8 +13,10 @@ from transformers import DynamicCache
 
 import lizardzoo as lz
 from lizardzoo import LizardzooError
+from lizardzoo.adapters.base import CACHE_KEYWORD
 from lizardzoo.cache import cache_bytes, kv_bytes, state_bytes
-from tests.adapters.students import LAYERS, distance, student, tokens
+from lizardzoo.kernels.state import state_tensors
+from tests.adapters.students import LAYERS, distance, past, student, tokens
 
 EXACT = 1e-5  # relative to the largest logit, fp32
 every_mixer = pytest.mark.parametrize("name", LAYERS)
@@ -49,7 +51,7 @@ def test_cached_equals_full_under_every_split(tiny_llama: Any, name: str, data: 
                     ids[:, start:end],
                     attention_mask=mask[:, :end],
                     position_ids=positions(mask)[:, start:end],
-                    past_key_values=cache,
+                    **past(cache),
                 ).logits
             )
     real = mask.bool()
@@ -96,9 +98,9 @@ def test_every_way_to_generate_agrees_with_the_uncached_one(tiny_llama: Any, nam
 def test_a_conversation_goes_on_from_its_cache(tiny_llama: Any, name: str) -> None:
     model = student(tiny_llama, LAYERS[name])
     cache = DynamicCache(config=model.config)
-    first = greedy(model, tokens(1, 9), past_key_values=cache)
+    first = greedy(model, tokens(1, 9), **past(cache))
     second = torch.cat([first, tokens(1, 6, seed=2)], 1)
-    assert torch.equal(greedy(model, second, past_key_values=cache), greedy(model, second, use_cache=False))
+    assert torch.equal(greedy(model, second, **past(cache)), greedy(model, second, use_cache=False))
 
 
 @every_mixer
@@ -107,27 +109,53 @@ def test_a_conversation_goes_on_from_its_cache(tiny_llama: Any, name: str) -> No
 def test_crop_rolls_back_what_was_recorded(tiny_llama: Any, name: str, data: st.DataObject) -> None:
     ids = tokens(2, 30)
     model = student(tiny_llama, LAYERS[name])
-    prompt = data.draw(st.integers(1, 12))
+    prompt, steps = data.draw(st.integers(1, 12)), data.draw(st.integers(0, 3))
     calls = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
     remove = data.draw(st.integers(0, sum(calls)))
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
-        model(ids[:, :prompt], past_key_values=cache)
+        model(ids[:, :prompt], **past(cache))
+        for end in range(prompt, prompt + steps):  # in place: nothing is recorded yet
+            model(ids[:, end : end + 1], **past(cache))
         cache.activate_past_recording()
-        end = prompt
+        end = prompt + steps
         for call in calls:
-            model(ids[:, end : end + call], past_key_values=cache)
+            model(ids[:, end : end + call], **past(cache))
             end += call
         cache.crop(-torch.tensor(remove) if remove else 0)  # prompt lookup passes a tensor
         assert cache.get_seq_length() == end - remove
-        after = model(ids[:, end - remove :], past_key_values=cache).logits
+        after = model(ids[:, end - remove :], **past(cache)).logits
         full = model(ids, use_cache=False).logits
     assert distance(after, full[:, end - remove :]) <= EXACT
 
 
+@every_mixer
+def test_a_decode_step_moves_no_state_unless_it_may_be_undone(tiny_llama: Any, name: str) -> None:
+    model, ids = student(tiny_llama, LAYERS[name]), tokens(2, 12)
+
+    def states(cache: Any) -> list[torch.Tensor]:
+        return [x for layer in cache.layers for x in state_tensors(getattr(layer, "state", None))]
+
+    with torch.inference_mode():
+        cache = model(ids[:, :9])[CACHE_KEYWORD]
+        made_by_inference = states(cache)
+    with torch.no_grad():
+        model(ids[:, 9:10], **past(cache))  # inference tensors cannot be overwritten here
+        assert not any(x.is_inference() for x in states(cache))
+        before = states(cache)
+        model(ids[:, 10:11], **past(cache))
+        assert all(a is b for a, b in zip(before, states(cache), strict=True))
+        copies = [x.clone() for x in before]
+        cache.activate_past_recording()
+        logits = model(ids[:, 11:], **past(cache)).logits
+        assert all(torch.equal(a, b) for a, b in zip(before, copies, strict=True))
+        assert distance(logits, model(ids, use_cache=False).logits[:, 11:]) <= EXACT
+    assert len(made_by_inference) == len(before)
+
+
 def test_crop_without_a_record_is_refused(tiny_llama: Any) -> None:
     model = student(tiny_llama, LAYERS["hybrid"])
-    cache = model(tokens(1, 9)).past_key_values
+    cache = model(tokens(1, 9))[CACHE_KEYWORD]
     with pytest.raises(LizardzooError, match="activate_past_recording"):
         cache.crop(-2)
 
@@ -138,22 +166,22 @@ def test_beams_and_batches_can_be_reordered(tiny_llama: Any, name: str) -> None:
     ids, more = tokens(3, 14), tokens(3, 4, seed=3)
     order = torch.tensor([2, 0, 0])
     with torch.no_grad():
-        cache = model(ids).past_key_values
+        cache = model(ids)[CACHE_KEYWORD]
         cache.reorder_cache(order)
         expected = model(torch.cat([ids[order], more], 1), use_cache=False).logits[:, 14:]
-        assert distance(model(more, past_key_values=cache).logits, expected) <= EXACT
-        cache = model(ids).past_key_values
+        assert distance(model(more, **past(cache)).logits, expected) <= EXACT
+        cache = model(ids)[CACHE_KEYWORD]
         cache.batch_select_indices(torch.tensor([1]))
         cache.batch_repeat_interleave(3)
         expected = model(torch.cat([ids[[1, 1, 1]], more], 1), use_cache=False).logits[:, 14:]
-        assert distance(model(more, past_key_values=cache).logits, expected) <= EXACT
+        assert distance(model(more, **past(cache)).logits, expected) <= EXACT
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if "softmax" not in name])
 def test_generation_memory_does_not_grow_with_the_length(tiny_llama: Any, name: str) -> None:
     model = student(tiny_llama, LAYERS[name])
     with torch.no_grad():
-        short, long = (cache_bytes(model(tokens(2, n)).past_key_values) for n in (12, 100))
+        short, long = (cache_bytes(model(tokens(2, n))[CACHE_KEYWORD]) for n in (12, 100))
     softmax = model.config.layer_types.count("full_attention")
     assert long - short == kv_bytes(model, 88, batch=2)
     assert short - kv_bytes(model, 12, batch=2) == state_bytes(model, batch=2)
@@ -164,7 +192,7 @@ def test_a_disjoint_hybrid_holds_its_window_once(tiny_llama: Any) -> None:
     """k and v of the window, pre-RoPE k for the memory: three tensors of window x Hkv x D, after beams too."""
     model = student(tiny_llama, [lz.Hybrid(window=64, keep=0)] * 3)
     with torch.no_grad():
-        cache = model(tokens(2, 70)).past_key_values
+        cache = model(tokens(2, 70))[CACHE_KEYWORD]
     ring = 2 * 64 * 2 * 16 * 4
     before = cache_bytes(cache)
     memory = 2 * 2 * 32 * (16 + 2) * 4  # kv, norm and scale
@@ -213,7 +241,7 @@ def test_masks_that_do_not_fit_are_refused(tiny_llama: Any) -> None:
     with pytest.raises(LizardzooError, match=r"attention_mask is \[2, 7\], expected \[2, 8\]"):
         model(ids, attention_mask=torch.ones(2, 7))
     with pytest.raises(LizardzooError, match=r"DynamicCache\(config=model.config\)"):
-        model(ids, past_key_values=DynamicCache())
+        model(ids, **past(DynamicCache()))
 
 
 def test_softmax_mode_is_the_teacher(tiny_llama: Any) -> None:
