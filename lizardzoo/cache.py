@@ -7,13 +7,15 @@ sizes the one causal mask of kept softmax layers by the first layer that is not 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from lizardzoo.errors import LizardzooError
+from lizardzoo.kernels.state import map_state, state_tensors
 from lizardzoo.mixers.base import Mixer, MixerInputs
 
 MIXER_LAYER_TYPE = "lizardzoo_mixer"
@@ -53,10 +55,19 @@ class MixerCacheLayer(CacheLayerMixin):
             self.state = mixer.init_state(inputs.q.shape[0], inputs.v.dtype, inputs.v.device)
         if self.record_past:
             self._records.append(_Record(self.state, inputs, mixer, count))
-        y, self.state = mixer(inputs, self.state, need_state=True)
+        if count == 1 and self._may_overwrite():
+            y = mixer.step_(inputs, self.state)
+        else:
+            y, self.state = mixer(inputs, self.state, need_state=True)
         self.cumulative_length += count
         self.is_initialized = True
         return y
+
+    def _may_overwrite(self) -> bool:
+        """Whether a step may take place in the held state: nothing else needs it, neither a record nor a gradient."""
+        if self.record_past or torch.is_grad_enabled():
+            return False
+        return torch.is_inference_mode_enabled() or not any(x.is_inference() for x in state_tensors(self.state))
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Forget the last |tokens_to_remove| tokens: go back to a recorded state and replay what is kept."""
@@ -150,27 +161,6 @@ class SlidingMixerCacheLayer(MixerCacheLayer):
     """The same under the other layer type."""
 
     _layer_type = SLIDING_MIXER_LAYER_TYPE
-
-
-def map_state(fn: Callable[[Tensor], Tensor], state: Any, done: dict[int, Tensor] | None = None) -> Any:
-    """`fn` of every tensor of a nested NamedTuple; a tensor held twice stays one."""
-    done = {} if done is None else done
-    if state is None:
-        return None
-    if isinstance(state, Tensor):
-        if id(state) not in done:
-            done[id(state)] = fn(state)
-        return done[id(state)]
-    return type(state)(*(map_state(fn, part, done) for part in state))
-
-
-def state_tensors(state: Any) -> Iterator[Tensor]:
-    """All tensors of a nested NamedTuple."""
-    if isinstance(state, Tensor):
-        yield state
-    elif state is not None:
-        for part in state:
-            yield from state_tensors(part)
 
 
 def cache_bytes(cache: Cache) -> int:

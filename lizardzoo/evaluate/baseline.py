@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from lizardzoo.cache import state_bytes, state_tensors
+from lizardzoo.cache import state_bytes
 from lizardzoo.config import MixerSpec
 from lizardzoo.errors import LizardzooError
 from lizardzoo.evaluate.ablation import mixers_of
+from lizardzoo.kernels.state import state_tensors
 from lizardzoo.mixers.branches import MAX_SIZE
 from lizardzoo.mixers.softmax import Softmax
 from lizardzoo.mixers.window import Window

@@ -71,12 +71,39 @@ def arrange(tokens: Tensor, mask: Tensor | None, starts: Tensor | None, length: 
     return Rows(slots < lengths[:, None], document, rank, lengths, order, inverse)
 
 
-def tail(past: Tensor | None, new: Tensor, lengths: Tensor, size: int) -> Tensor:
-    """The last `size` of the tokens [past, new], where each row has only `lengths` real tokens in `new`.
+def last_document(rows: Rows | None, count: int, length: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the document that each row ends in: the slot at which it began (below 0: in the incoming state), its length.
 
-    past [B, size, ...] or None (nothing before: zeros), new [B, T, ...] packed; returns [B, size, ...].
+    length [B]: what the incoming state has seen; rows None: all `count` tokens are real and go on with its document.
     """
-    if past is None:
-        past = new.new_zeros(new.shape[0], size, *new.shape[2:])
-    index = lengths[:, None] + torch.arange(size, device=new.device)
-    return take_tokens(torch.cat([past, new], 1), index)
+    if rows is None:
+        return -length, length + count
+    after = rows.next_length(length)
+    return rows.lengths - after, after
+
+
+def unroll(ring: Tensor, length: Tensor) -> Tensor:
+    """A ring's tokens, oldest first: place j of `size` holds rank length - size + j, or anything if that is below 0.
+
+    ring [B, size, ...] behind `length` [B] tokens of the document.
+    """
+    size = ring.shape[1]
+    return take_tokens(ring, (length[:, None] + torch.arange(size, device=ring.device)) % max(size, 1))
+
+
+def ring_ranks(length: Tensor, size: int) -> Tensor:
+    """The rank that each slot of a ring holds behind `length` [B] tokens; below 0: none yet. [B, size]."""
+    last = length[:, None] - 1
+    return last - (last - torch.arange(size, device=length.device)) % max(size, 1)
+
+
+def hold(past: Tensor | None, new: Tensor, first: Tensor, ranks: Tensor) -> Tensor:
+    """What a state holds behind `new` [B, T, ...] (packed): the tokens of the given ranks of the last document.
+
+    ranks [B, size]; first [B]: the slot of `new` at which that document began. Below 0 it began in the incoming state,
+    whose tokens past [B, size, ...] (None: zeros) stay in their places. A rank that is not there yet may hold anything.
+    """
+    slot = first[:, None] + ranks
+    taken = take_tokens(new, slot.clamp(0, new.shape[1] - 1))
+    before = torch.zeros((), dtype=new.dtype, device=new.device) if past is None else past
+    return torch.where((slot >= 0).view(slot.shape + (1,) * (new.ndim - 2)), taken, before)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lizardzoo.config import MixerSpec
 from lizardzoo.errors import LizardzooError
-from lizardzoo.kernels import Impl
+from lizardzoo.kernels import Impl, rotate
+from lizardzoo.kernels.state import overwrite
 from lizardzoo.mixers.merge import Branch
 
 
@@ -62,10 +63,9 @@ class MixerInputs(NamedTuple):
         """The same for the tokens start .. end-1."""
         return self.each(lambda x: x[:, start:end])
 
-    def rotated(self) -> tuple[Tensor, Tensor]:
-        """q and k after RoPE (rotate-half convention of Llama, Mistral and Qwen)."""
-        cos, sin = self.cos.unsqueeze(2), self.sin.unsqueeze(2)
-        return self.q * cos + _rotate_half(self.q) * sin, self.k * cos + _rotate_half(self.k) * sin
+    def rotated(self, impl: Impl = Impl.AUTO) -> tuple[Tensor, Tensor]:
+        """q and k after RoPE."""
+        return rotate(self.q, self.k, self.cos, self.sin, impl)
 
 
 class Mixer(nn.Module):
@@ -115,11 +115,22 @@ class Mixer(nn.Module):
     ) -> tuple[Tensor, Any | None]:
         """y [B, T, H, D] in q's dtype, and the next state."""
         branches, state = self.branches(inputs, state, need_state)
+        return self.output(branches, inputs), state
+
+    @torch.no_grad()
+    def step_(self, inputs: MixerInputs, state: Any) -> Tensor:
+        """y of one token (T = 1), without gradients; the tensors of `state` are overwritten with those of the next."""
+        y, new = self.forward(inputs, state, need_state=True)
+        overwrite(state, new)
+        return y
+
+    def output(self, branches: dict[str, Branch], inputs: MixerInputs) -> Tensor:
+        """What is switched on, merged; y [B, T, H, D] in q's dtype."""
         on = {name: branch for name, branch in branches.items() if name not in self.switched_off}
         y = self.merge(on, inputs.x) if on else torch.zeros_like(inputs.q)
         if inputs.mask is not None:
             y = torch.where(inputs.mask[..., None, None], y, 0.0)  # x, and so the merge, may be anything there
-        return y.to(inputs.q.dtype), state
+        return y.to(inputs.q.dtype)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Mixer:
         def wide(tensor: Tensor) -> Tensor:
@@ -135,8 +146,3 @@ def start_value(parameter: nn.Parameter, value: Tensor | float) -> None:
     """Give a new parameter its start value, unless transformers has just loaded it from a checkpoint."""
     if not getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta:
         parameter.copy_(torch.as_tensor(value).to(parameter).expand_as(parameter))
-
-
-def _rotate_half(x: Tensor) -> Tensor:
-    first, second = x.chunk(2, -1)
-    return torch.cat([-second, first], -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from lizardzoo.kernels import (
 from lizardzoo.kernels.features import Activation
 from lizardzoo.kernels.gated_linear import init_state as init_linear_state
 from lizardzoo.kernels.window import init_state as init_window_state
-from lizardzoo.mixers.base import AttentionShape, MixerInputs, start_value
+from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs, start_value
 from lizardzoo.mixers.feature_maps import HedgehogMap
 from lizardzoo.mixers.gates import DecayGate, TokenGate
 from lizardzoo.mixers.merge import Branch
@@ -102,13 +102,14 @@ class WindowBranch(nn.Module):
         state: WindowState | None,
         need_state: bool,
         impl: Impl,
+        in_place: bool = False,
     ) -> tuple[Branch, WindowState | None]:
         """The branch on q, k of the caller's choice (rotated or not)."""
         q, k = qk
         if state is not None and inputs.starts is None and q.shape[1] == 1:
             y, log_mass, state = window_attention_step(
                 q, k, inputs.v, state, keep=spec.keep, sinks=self.sinks, scale=self.shape.scale,
-                mask=inputs.mask, impl=impl,
+                mask=inputs.mask, in_place=in_place, impl=impl,
             )  # fmt: skip
         else:
             y, log_mass, state = window_attention(
@@ -143,6 +144,11 @@ class LinearBranch(nn.Module):
         for child in self.children():
             child.reset_parameters()  # type: ignore[operator]
 
+    def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """log_decay and log_input [B, T, heads] of the layer's input x; None where there is no such gate."""
+        decay = None if self.decay is None else self.decay(x)
+        return decay, None if self.input_gate is None else self.input_gate(x)
+
     def forward(
         self,
         inputs: MixerInputs,
@@ -152,16 +158,16 @@ class LinearBranch(nn.Module):
         state: GatedLinearState | None,
         need_state: bool,
         impl: Impl,
+        in_place: bool = False,
     ) -> tuple[Branch, GatedLinearState | None]:
         """The branch on q, k of the caller's choice (rotated or not)."""
         q, k = qk
-        log_decay = None if self.decay is None else self.decay(inputs.x)
-        log_input = None if self.input_gate is None else self.input_gate(inputs.x)
+        log_decay, log_input = self.gates(inputs.x)
         maps = self.feature_map()
         if state is not None and inputs.starts is None and q.shape[1] == 1:
             y, log_mass, state = gated_linear_attention_step(
                 q, k, inputs.v, log_decay, state, log_input=log_input, feature_map=maps, skip=skip,
-                mask=inputs.mask, impl=impl,
+                mask=inputs.mask, in_place=in_place, impl=impl,
             )  # fmt: skip
         else:
             y, log_mass, state = gated_linear_attention(
@@ -177,3 +183,19 @@ class LinearBranch(nn.Module):
             batch, shape.heads, shape.kv_heads, shape.head_dim, 2 * self.feature_dim, lag, self.decay_heads,
             self.input_heads, dtype, device,
         )  # fmt: skip
+
+
+class OneBranch(Mixer):
+    """A mixer of one of them, whose state moves on in place where it can."""
+
+    def branches(
+        self, inputs: MixerInputs, state: Any | None, need_state: bool, in_place: bool = False
+    ) -> tuple[dict[str, Branch], Any | None]:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step_(self, inputs: MixerInputs, state: Any) -> Tensor:
+        if inputs.starts is not None:
+            return super().step_(inputs, state)
+        branches, _ = self.branches(inputs, state, True, in_place=True)
+        return self.output(branches, inputs)

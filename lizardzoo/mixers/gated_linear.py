@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lizardzoo.config import register_mixer
 from lizardzoo.kernels import GatedLinearState
-from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
-from lizardzoo.mixers.branches import LinearBranch, LinearFields
+from lizardzoo.mixers.base import AttentionShape, MixerInputs
+from lizardzoo.mixers.branches import LinearBranch, LinearFields, OneBranch
 from lizardzoo.mixers.merge import Branch, unnormalized
 
 
@@ -25,7 +25,7 @@ class GatedLinear(LinearFields):
         return GatedLinearMixer(self, shape)
 
 
-class GatedLinearMixer(Mixer):
+class GatedLinearMixer(OneBranch):
     """One branch, "linear"."""
 
     branch_names = ("linear",)
@@ -35,10 +35,10 @@ class GatedLinearMixer(Mixer):
         self.linear = LinearBranch(spec, shape)
 
     def branches(
-        self, inputs: MixerInputs, state: GatedLinearState | None, need_state: bool
+        self, inputs: MixerInputs, state: GatedLinearState | None, need_state: bool, in_place: bool = False
     ) -> tuple[dict[str, Branch], GatedLinearState | None]:
-        qk = inputs.rotated() if self.spec.feature_rope else (inputs.q, inputs.k)
-        branch, state = self.linear(inputs, qk, 0, 0, state, need_state, self.impl)
+        qk = inputs.rotated(self.impl) if self.spec.feature_rope else (inputs.q, inputs.k)
+        branch, state = self.linear(inputs, qk, 0, 0, state, need_state, self.impl, in_place)
         return {"linear": branch}, state
 
     def merge(self, branches: dict[str, Branch], x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lizardzoo.config import register_mixer
 from lizardzoo.errors import LizardzooError
-from lizardzoo.kernels import GatedLinearState, WindowState
+from lizardzoo.kernels import HybridState, hybrid_attention, hybrid_attention_step
+from lizardzoo.kernels.hybrid import share
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs, start_value
 from lizardzoo.mixers.branches import LinearBranch, LinearFields, WindowBranch, WindowFields
 from lizardzoo.mixers.gates import TokenGate
@@ -44,13 +45,6 @@ class Hybrid(LinearFields, WindowFields):
         return HybridMixer(self, shape)
 
 
-class HybridState(NamedTuple):
-    """Both branches' states. With disjoint branches the window's tokens are those that wait: they are held once."""
-
-    window: WindowState
-    linear: GatedLinearState
-
-
 class HybridMixer(Mixer):
     """Two branches, "linear" and "window"."""
 
@@ -76,35 +70,75 @@ class HybridMixer(Mixer):
         if self.alpha is not None:
             start_value(self.alpha, 1.0)
 
+    def forward(
+        self, inputs: MixerInputs, state: HybridState | None = None, need_state: bool = False
+    ) -> tuple[Tensor, HybridState | None]:
+        """Both branches in one kernel where they share a denominator and none is switched off."""
+        if not self._fused():
+            return super().forward(inputs, state, need_state)
+        if state is not None and inputs.starts is None and inputs.q.shape[1] == 1:
+            y, _, state = hybrid_attention_step(**self._arguments(inputs), state=state)
+        else:
+            y, _, state = hybrid_attention(
+                **self._arguments(inputs), window=self.spec.window, lag=self._lag_and_skip()[0], starts=inputs.starts,
+                state=state, return_state=need_state,
+            )  # fmt: skip
+        return y, state
+
+    @torch.no_grad()
+    def step_(self, inputs: MixerInputs, state: HybridState) -> Tensor:
+        if not self._fused() or inputs.starts is not None:
+            return super().step_(inputs, state)
+        y, *_ = hybrid_attention_step(**self._arguments(inputs), state=state, in_place=True)
+        return y
+
+    def _fused(self) -> bool:
+        return self.spec.merge == "joint" and not self.switched_off
+
+    def _arguments(self, inputs: MixerInputs) -> dict[str, Any]:
+        """What `hybrid_attention` and its step take."""
+        window, (q, k) = self._queries_and_keys(inputs)
+        log_decay, log_input = self.linear.gates(inputs.x)
+        return {
+            "q": q,
+            "k": k,
+            "v": inputs.v,
+            "rotated": window,
+            "log_decay": log_decay,
+            "log_input": log_input,
+            "log_scale": None if self.log_scale is None else self.log_scale(inputs.x),
+            "feature_map": self.linear.feature_map(),
+            "keep": self.spec.keep,
+            "skip": self._lag_and_skip()[1],
+            "sinks": self.window.sinks,
+            "scale": self.shape.scale,
+            "mask": inputs.mask,
+            "impl": self.impl,
+        }
+
+    def _queries_and_keys(self, inputs: MixerInputs) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """q and k of the window and of the linear branch, rotated where the spec says so."""
+        spec, plain = self.spec, (inputs.q, inputs.k)
+        rotated = inputs.rotated(self.impl) if spec.window_rope or spec.feature_rope else plain
+        return rotated if spec.window_rope else plain, rotated if spec.feature_rope else plain
+
+    def _lag_and_skip(self) -> tuple[int, int]:
+        return (self.spec.window, self.spec.keep) if self.spec.disjoint else (0, 0)
+
     def branches(
         self, inputs: MixerInputs, state: HybridState | None, need_state: bool
     ) -> tuple[dict[str, Branch], HybridState | None]:
-        spec = self.spec
-        plain, rotated = (inputs.q, inputs.k), inputs.rotated()
-        lag, skip = (spec.window, spec.keep) if spec.disjoint else (0, 0)
-        window, window_state = self.window(
-            spec,
-            inputs,
-            rotated if spec.window_rope else plain,
-            state and state.window,
-            need_state,
-            self.impl,
-        )
+        near, far = self._queries_and_keys(inputs)
+        window, window_state = self.window(self.spec, inputs, near, state and state.window, need_state, self.impl)
         linear, linear_state = self.linear(
-            inputs,
-            rotated if spec.feature_rope else plain,
-            lag,
-            skip,
-            state and state.linear,
-            need_state,
-            self.impl,
+            inputs, far, *self._lag_and_skip(), state and state.linear, need_state, self.impl
         )
         if self.log_scale is not None:
             linear = Branch(linear.y, linear.log_mass + self.log_scale(inputs.x))
         branches = {"linear": linear, "window": window}
         if window_state is None or linear_state is None:
             return branches, None
-        return branches, self._share(HybridState(window_state, linear_state))
+        return branches, share(window_state, linear_state, near[1] is far[1])
 
     def merge(self, branches: dict[str, Branch], x: Tensor) -> Tensor:
         if self.spec.merge == "joint":
@@ -120,19 +154,9 @@ class HybridMixer(Mixer):
         return total
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> HybridState:
-        lag = self.spec.window if self.spec.disjoint else 0
         window = self.window.init_state(self.spec, batch, dtype, device)
-        return self._share(HybridState(window, self.linear.init_state(lag, batch, dtype, device)))
-
-    def _share(self, state: HybridState) -> HybridState:
-        """The tokens in the window are the ones that wait to enter the memory: hold their values (and keys) once."""
-        if not self.spec.disjoint:
-            return HybridState(state.window, state.linear._replace(length=state.window.length))
-        window = state.window
-        shared = {"v": window.v, "valid": window.valid, "length": window.length}
-        if self.spec.feature_rope == self.spec.window_rope:
-            shared["k"] = window.k
-        return HybridState(window, state.linear._replace(**shared))
+        linear = self.linear.init_state(self._lag_and_skip()[0], batch, dtype, device)
+        return share(window, linear, self.spec.window_rope == self.spec.feature_rope)
 
     @torch.no_grad()
     def calibrate(self, inputs: MixerInputs) -> None:

@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from lizardzoo.kernels import merge
+
 Merge = Literal["sum", "none", "joint"]
 
 
@@ -18,15 +20,8 @@ class Branch(NamedTuple):
 
 
 def joint(branches: list[Branch], dtype: torch.dtype) -> Tensor:
-    """One denominator for all branches (LoLCATs): sum_b e^{m_b} y_b / sum_b e^{m_b}; log-scales are in the masses."""
-    masses = torch.stack([branch.log_mass for branch in branches])
-    peak = masses.detach().amax(0)
-    shares = (masses - torch.where(peak == float("-inf"), 0.0, peak)).exp()
-    total = shares.sum(0)
-    shares = shares / torch.where(total == 0, 1.0, total)
-    y = sum(share[..., None] * branch.y for share, branch in zip(shares, branches, strict=True))
-    assert isinstance(y, Tensor)
-    return y.to(dtype)
+    """One denominator for all branches (LoLCATs); log-scales are in the masses."""
+    return merge.joint(branches)[0].to(dtype)
 
 
 def unnormalized(branch: Branch) -> Tensor:

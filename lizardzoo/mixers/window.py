@@ -9,8 +9,8 @@ from torch import Tensor
 
 from lizardzoo.config import register_mixer
 from lizardzoo.kernels import WindowState
-from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
-from lizardzoo.mixers.branches import WindowBranch, WindowFields
+from lizardzoo.mixers.base import AttentionShape, MixerInputs
+from lizardzoo.mixers.branches import OneBranch, WindowBranch, WindowFields
 from lizardzoo.mixers.merge import Branch
 
 
@@ -23,7 +23,7 @@ class Window(WindowFields):
         return WindowMixer(self, shape)
 
 
-class WindowMixer(Mixer):
+class WindowMixer(OneBranch):
     """One branch, "window"."""
 
     branch_names = ("window",)
@@ -33,10 +33,10 @@ class WindowMixer(Mixer):
         self.window = WindowBranch(spec, shape)
 
     def branches(
-        self, inputs: MixerInputs, state: WindowState | None, need_state: bool
+        self, inputs: MixerInputs, state: WindowState | None, need_state: bool, in_place: bool = False
     ) -> tuple[dict[str, Branch], WindowState | None]:
-        qk = inputs.rotated() if self.spec.window_rope else (inputs.q, inputs.k)
-        branch, state = self.window(self.spec, inputs, qk, state, need_state, self.impl)
+        qk = inputs.rotated(self.impl) if self.spec.window_rope else (inputs.q, inputs.k)
+        branch, state = self.window(self.spec, inputs, qk, state, need_state, self.impl, in_place)
         return {"window": branch}, state
 
     def merge(self, branches: dict[str, Branch], x: Tensor) -> Tensor:

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lizardzoo.cache import map_state, state_tensors
 from lizardzoo.config import MixerSpec, spec_from_dict
+from lizardzoo.kernels.state import map_state, state_tensors
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
 from lizardzoo.testing.strategies import SHAPES, TokenFlags, mixer_inputs, specs, token_flags
 
@@ -98,6 +98,23 @@ def splitting_a_sequence_changes_nothing(
     assert_close(steps, whole, "single steps")
     after = mixer_inputs(shape, batch, 3, seed + 1, TokenFlags(None, None))
     assert_close(mixer(after, state)[0], mixer(after, stepped)[0], "going on from either state")
+
+
+@law
+def a_step_in_place_is_the_step(data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int) -> None:
+    """`step_` gives the output and the state of a call with one token, in the tensors of the state it was given."""
+    batch, length = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 10))
+    inputs = mixer_inputs(shape, batch, length, seed, data.draw(token_flags(batch, length)))
+    mixer = random_mixer(spec, shape, seed)
+    state, moved = (mixer.init_state(batch, torch.float64, "cpu") for _ in range(2))
+    addresses = [x.data_ptr() for x in state_tensors(moved)]
+    for t in range(length):
+        token = inputs.tokens(t, t + 1)
+        expected, state = mixer(token, state, need_state=True)
+        assert_close(mixer.step_(token, moved), expected, f"token {t}")
+        assert [x.data_ptr() for x in state_tensors(moved)] == addresses, "the state moved to other addresses"
+        for a, b in zip(state_tensors(moved), state_tensors(state), strict=True):
+            assert torch.equal(a, b), "the state differs"
 
 
 @law

@@ -6,6 +6,8 @@ tested by splitting a sequence.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -53,16 +55,10 @@ def window_oracle(
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`lizardzoo.kernels.window_attention` from its equation, float64."""
-    groups = q.shape[2] // k.shape[2]
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     sinks = None if sinks is None else sinks.expand(q.shape[2], -1)
     mask, starts = _flags(q, mask, starts)
-
-    def scores(b: int, h: int, i: int, seen: list[int]) -> Tensor:
-        return torch.stack([scale * (q[b, i, h] * k[b, t, h // groups]).sum() for t in seen])
-
     seen = [visible_pairs(mask, starts, b, window=window, keep=keep) for b in range(q.shape[0])]
-    return _attend(q, v, seen, scores, sinks)
+    return _attend(q, v, seen, _softmax_scores(q, k, scale), sinks)
 
 
 def gated_linear_oracle(
@@ -79,8 +75,73 @@ def gated_linear_oracle(
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`lizardzoo.kernels.gated_linear_attention` from its equation, float64."""
-    heads, groups = q.shape[2], q.shape[2] // k.shape[2]
     mask, starts = _flags(q, mask, starts)
+    seen = [visible_pairs(mask, starts, b, lag=lag, skip=skip) for b in range(q.shape[0])]
+    return _attend(q, v, seen, _linear_scores(q, k, log_decay, log_input, feature_map, mask), None)
+
+
+def hybrid_oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    rotated: tuple[Tensor, Tensor],
+    log_input: Tensor | None = None,
+    log_scale: Tensor | None = None,
+    feature_map: FeatureMap | None = None,
+    window: int,
+    keep: int = 0,
+    lag: int,
+    skip: int = 0,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`lizardzoo.kernels.hybrid_attention` from its equation, float64."""
+    sinks = None if sinks is None else sinks.expand(q.shape[2], -1)
+    mask, starts = _flags(q, mask, starts)
+    rows = range(q.shape[0])
+    near = [visible_pairs(mask, starts, b, window=window, keep=keep) for b in rows]
+    far = [visible_pairs(mask, starts, b, lag=lag, skip=skip) for b in rows]
+    near_scores = _softmax_scores(*rotated, scale)
+    far_scores = _linear_scores(q, k, log_decay, log_input, feature_map, mask)
+
+    def scores(b: int, h: int, i: int, _: list[int]) -> Tensor:
+        found = [near_scores(b, h, i, near[b][i])]
+        if far[b][i]:
+            shift = q.new_zeros(()) if log_scale is None else log_scale[b, i, h]
+            found.append(far_scores(b, h, i, far[b][i]) + shift)
+        return torch.cat(found)
+
+    both = [[s + f for s, f in zip(near[b], far[b], strict=True)] for b in rows]
+    return _attend(q, v, both, scores, sinks)
+
+
+Scores = Callable[[int, int, int, list[int]], Tensor]
+"""The logarithms of the weights of the keys seen by query i of head h in row b."""
+
+
+def _softmax_scores(q: Tensor, k: Tensor, scale: float | None) -> Scores:
+    groups = q.shape[2] // k.shape[2]
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def scores(b: int, h: int, i: int, seen: list[int]) -> Tensor:
+        return torch.stack([scale * (q[b, i, h] * k[b, t, h // groups]).sum() for t in seen])
+
+    return scores
+
+
+def _linear_scores(
+    q: Tensor,
+    k: Tensor,
+    log_decay: Tensor | None,
+    log_input: Tensor | None,
+    feature_map: FeatureMap | None,
+    mask: Tensor,
+) -> Scores:
+    heads, groups = q.shape[2], q.shape[2] // k.shape[2]
 
     def per_head(gate: Tensor | None) -> Tensor:
         zero = q.new_zeros(*q.shape[:3])
@@ -106,8 +167,7 @@ def gated_linear_oracle(
             out.append(torch.logsumexp(fq + fk, 0) + lost + weight[b, t, h])
         return torch.stack(out)
 
-    seen = [visible_pairs(mask, starts, b, lag=lag, skip=skip) for b in range(q.shape[0])]
-    return _attend(q, v, seen, scores, None)
+    return scores
 
 
 def _flags(q: Tensor, mask: Tensor | None, starts: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,16 @@ def assert_same(
     for a, b in zip(ours, theirs, strict=True):
         assert torch.isfinite(a).all()
         assert error(a, b, scale) <= tolerance
+
+
+def assert_same_tokens(actual: Any, expected: Any) -> None:
+    """Two states hold the same tokens, bit for bit; a slot that holds none may hold anything."""
+    assert torch.equal(actual.length, expected.length)
+    for name in {"k", "v", "kept_k", "kept_v", "log_decay", "log_input"} & set(expected._fields):
+        a, b = getattr(actual, name), getattr(expected, name)
+        there = torch.arange(b.shape[1], device=b.device) < expected.length[:, None]
+        empty = ~there.view(there.shape + (1,) * (b.ndim - 2))
+        assert torch.equal(a.masked_fill(empty, 0.0), b.masked_fill(empty, 0.0)), name
 
 
 def saved_bytes(run: Callable[[], Tensor]) -> int:

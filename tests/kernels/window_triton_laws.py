@@ -7,7 +7,6 @@ these lengths have several.
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from lizardzoo import LizardzooError
 from lizardzoo.kernels import window_attention, window_attention_step
 from lizardzoo.kernels.window import init_state, ops
 from lizardzoo.testing import token_flags
-from tests.kernels.cases import assert_same, error
+from tests.kernels.cases import assert_same, assert_same_tokens, error
 from tests.kernels.test_window import Case
 
 assert ops.INTERPRETED
@@ -64,23 +63,13 @@ def cases(draw: st.DrawFn, longest: int = 75, documents: bool = True) -> Case:
     return Case(q, k, v, options, {"mask": flags.mask, "starts": flags.starts})
 
 
-def assert_states_agree(actual: Any, expected: Any) -> None:
-    """Where they hold a token; the rest may be anything."""
-    assert torch.equal(actual.valid, expected.valid) and torch.equal(actual.length, expected.length)
-    seen = expected.valid[..., None, None]
-    kept = (torch.arange(expected.kept_k.shape[1]) < expected.length[:, None])[..., None, None]
-    for name, there in (("k", seen), ("v", seen), ("kept_k", kept), ("kept_v", kept)):
-        a, b = (getattr(state, name).masked_fill(~there, 0.0) for state in (actual, expected))
-        assert torch.equal(a, b)
-
-
 @settings(max_examples=16, phases=PHASES)
 @given(cases())
 def test_equals_the_reference_with_all_gradients(case: Case) -> None:
     y, log_mass, state = window_attention(case.q, case.k, case.v, **case.options, **case.flags, impl="triton")
     expected = window_attention(case.q, case.k, case.v, **case.options, **case.flags, impl="reference")
     assert_same((y, log_mass), expected[:2], case.inputs(), 1e-5)
-    assert_states_agree(state, expected[2])
+    assert_same_tokens(state, expected[2])
 
 
 @settings(max_examples=8, phases=PHASES)
@@ -97,7 +86,7 @@ def test_either_implementation_goes_on_from_the_others_state(case: Case, data: s
         outputs.append(output)
     pieces = [torch.cat(part, 1) for part in zip(*outputs, strict=True)]
     assert_same((pieces[0], pieces[1]), whole[:2], case.inputs(), 1e-5)
-    assert_states_agree(state, whole[2])
+    assert_same_tokens(state, whole[2])
 
 
 @settings(max_examples=8, phases=PHASES)
@@ -122,7 +111,7 @@ def test_a_fold_of_steps_is_the_whole(case: Case, with_gradients: bool) -> None:
     if with_gradients:
         assert_same((steps[0], steps[1]), whole[:2], case.inputs(), 1e-5)
     assert error(steps[0], whole[0]) <= 1e-5 and error(steps[1], whole[1]) <= 1e-5
-    assert_states_agree(state, whole[2])
+    assert_same_tokens(state, whole[2])
 
 
 def test_a_new_step_leaves_the_old_state_alone() -> None:

@@ -6,29 +6,29 @@ any size neither overflow nor vanish: each feature of the state has a scale of i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from lizardzoo.kernels.dispatch import compute_dtype
 from lizardzoo.kernels.features import FeatureMap, log_features
-from lizardzoo.kernels.rows import arrange, tail
+from lizardzoo.kernels.gated_linear.state import GatedLinearState, next_state, state_heads
+from lizardzoo.kernels.rows import arrange, take_tokens, unroll
+from lizardzoo.kernels.state import overwrite
 
 CHUNK = 64  # tokens a tile; a tile holds CHUNK x CHUNK weights
 NEG_INF = float("-inf")
-
-
-def state_heads(heads: int, kv_heads: int, decay_heads: int, input_heads: int) -> int:
-    """Heads of the recurrent state: those of the keys, unless a gate tells the query heads apart."""
-    return heads if max(decay_heads, input_heads) > kv_heads else kv_heads
 
 
 def chunked(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts, state, return_state):  # type: ignore[no-untyped-def]
     """All tokens of a sequence; see `lizardzoo.kernels.gated_linear.gated_linear_attention`."""
     batch, count, heads, _ = q.shape
     dtype = compute_dtype(q)
-    past = state if state is not None else (None,) * 9
-    kv, norm, scale, past_k, past_v, past_decay, past_input, past_valid, length = past
+    past: Any = (None,) * 8 if state is None else state
+    kv, norm, scale, *rings, length = past
+    past_k, past_v, past_decay, past_input = (None if x is None else unroll(x, length) for x in rings)
     log_decay = q.new_zeros(batch, count, 0, dtype=dtype) if log_decay is None else log_decay.to(dtype)
     log_input = q.new_zeros(batch, count, 0, dtype=dtype) if log_input is None else log_input.to(dtype)
     memory_heads = state_heads(heads, k.shape[2], log_decay.shape[2], log_input.shape[2])
@@ -43,11 +43,9 @@ def chunked(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts,
 
     keys, values = delayed(past_k, k), delayed(past_v, v)
     weight = _per_head(delayed(past_input, log_input), memory_heads) + _waited(past_decay, log_decay, lag, memory_heads)
-    # A waiting token of the incoming state is of document 0 and older than all that is new.
+    # A waiting token of the incoming state is of document 0 and older than all that is new; a rank below 0 is none.
     rank = delayed(_past_ranks(rows, lag), rows.rank)
-    enters = (
-        delayed(past_valid, rows.valid) & (delayed(None, rows.document) == rows.document) & rows.valid & (rank >= skip)
-    )
+    enters = (rank >= skip) & (delayed(None, rows.document) == rows.document) & rows.valid
     weight = weight.masked_fill(~enters[..., None], NEG_INF)
 
     chunk = min(CHUNK, count)
@@ -115,38 +113,37 @@ def chunked(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts,
     log_mass = torch.where(rows.valid[..., None], untile(log_mass), NEG_INF)
     new_state = None
     if return_state:
-        waiting = (past_k, k), (past_v, v), (past_decay, log_decay), (past_input, log_input)
-        ends_in = rows.last_document()
-        past_valid = None if past_valid is None else past_valid & (ends_in == 0)
-        valid = tail(past_valid, rows.valid & (rows.document == ends_in), rows.lengths, lag)
-        length = rows.next_length(torch.zeros_like(rows.lengths) if length is None else length)
-        new_state = (kv, norm, scale, *(tail(a, b, rows.lengths, lag) for a, b in waiting), valid, length)
+        new_state = next_state((kv, norm, scale), k, v, log_decay, log_input, rows, state, lag)
     return rows.unpack(y).to(q.dtype), rows.unpack(log_mass), new_state
 
 
-def step(q, k, v, log_decay, log_input, feature_map, skip, mask, state):  # type: ignore[no-untyped-def]
+def step(q, k, v, log_decay, log_input, feature_map, skip, mask, state, in_place):  # type: ignore[no-untyped-def]
     """One token, as the recurrence says; see `lizardzoo.kernels.gated_linear.gated_linear_attention_step`."""
-    kv, norm, scale, past_k, past_v, past_decay, past_input, past_valid, length = state
+    kv, norm, scale, *rings, length = state
     dtype = compute_dtype(q)
-    lag, memory_heads = past_k.shape[1], kv.shape[1]
-    log_decay = past_decay.new_zeros(q.shape[0], 1, 0) if log_decay is None else log_decay.to(dtype)
-    log_input = past_input.new_zeros(q.shape[0], 1, 0) if log_input is None else log_input.to(dtype)
-    real = torch.ones_like(past_valid[:, :1]) if lag else torch.ones_like(q[:, :, 0, 0], dtype=torch.bool)
-    real = real if mask is None else mask  # [B, 1]
+    lag, memory_heads = rings[0].shape[1], kv.shape[1]
+    log_decay = kv.new_zeros(q.shape[0], 1, 0) if log_decay is None else log_decay.to(dtype)
+    log_input = kv.new_zeros(q.shape[0], 1, 0) if log_input is None else log_input.to(dtype)
+    real = torch.ones_like(q[:, :, 0, 0], dtype=torch.bool) if mask is None else mask  # [B, 1]
 
-    def shift(past: Tensor, new: Tensor) -> Tensor:
-        return torch.cat([past, new], 1)
+    # The entering token is the oldest, whose slot the new one takes; without a lag it is the new one itself.
+    token = (k, v, log_decay, log_input)
+    place = length[:, None] % max(lag, 1)
+    entering = [take_tokens(ring, place) for ring in rings] if lag else token
+    here = torch.arange(lag, device=q.device) == place
 
-    all_k, all_v, all_valid = shift(past_k, k), shift(past_v, v), shift(past_valid, real)
-    all_decay, all_input = shift(past_decay, log_decay), shift(past_input, log_input)
-    # fp64 as in `_waited`; the entering token is the oldest, and the new one itself when there is no lag
-    waited = _per_head(all_decay[:, 1:].double().sum(1, keepdim=True).to(dtype), memory_heads)[:, 0]
-    weight = _per_head(all_input[:, :1], memory_heads)[:, 0] + waited
-    enters = all_valid[:, :1] & real & (length[:, None] - lag >= skip)
-    log_q, log_k = _logs(q, k=all_k[:, :1], feature_map=feature_map, dtype=dtype)
+    def write(ring: Tensor, new: Tensor) -> Tensor:
+        return torch.where(here.view(here.shape + (1,) * (ring.ndim - 2)), new, ring)
+
+    ring_k, ring_v, ring_decay, ring_input = (write(ring, x) for ring, x in zip(rings, token, strict=True))
+    # fp64 as in `_waited`
+    waited = _per_head(ring_decay.double().sum(1, keepdim=True).to(dtype), memory_heads)[:, 0]
+    weight = _per_head(entering[3], memory_heads)[:, 0] + waited
+    enters = real & (length[:, None] - lag >= skip)
+    log_q, log_k = _logs(q, k=entering[0], feature_map=feature_map, dtype=dtype)
     log_q = log_q[:, 0].unflatten(1, (memory_heads, -1))  # [B, Hs, G, F]
     log_k = _share(log_k, memory_heads)[:, 0]  # [B, Hs, F]
-    value = _share(all_v[:, :1].to(dtype), memory_heads)[:, 0]  # [B, Hs, D]
+    value = _share(entering[1].to(dtype), memory_heads)[:, 0]  # [B, Hs, D]
 
     enter = (weight[..., None] + log_k).masked_fill(~enters[..., None], NEG_INF)
     keep = _per_head(log_decay, memory_heads)[:, 0]
@@ -158,19 +155,11 @@ def step(q, k, v, log_decay, log_input, feature_map, skip, mask, state):  # type
     y = torch.where(real[..., None], y.flatten(1, 2), 0.0)[:, None]
     log_mass = torch.where(real, log_mass.flatten(1, 2), NEG_INF)[:, None]
 
-    new: tuple[Tensor, ...] = (
-        new_kv,
-        new_norm,
-        new_scale,
-        all_k[:, 1:],
-        all_v[:, 1:],
-        all_decay[:, 1:],
-        all_input[:, 1:],
-        all_valid[:, 1:],
-    )
+    new = GatedLinearState(new_kv, new_norm, new_scale, ring_k, ring_v, ring_decay, ring_input, length + 1)
     if mask is not None:  # a padded token changes nothing
-        new = tuple(torch.where(real.view(-1, *[1] * (b.ndim - 1)), b, a) for a, b in zip(state[:8], new, strict=True))
-    return y.to(q.dtype), log_mass, (*new, length + real[:, 0].long())
+        pairs = zip(state, new, strict=True)
+        new = GatedLinearState(*(torch.where(real.view(-1, *[1] * (b.ndim - 1)), b, a) for a, b in pairs))
+    return y.to(q.dtype), log_mass, overwrite(state, new) if in_place else new
 
 
 def _logs(q: Tensor, k: Tensor, feature_map: FeatureMap | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

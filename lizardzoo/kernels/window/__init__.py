@@ -6,31 +6,19 @@ S_i = the last `window` real tokens of i's document (i included) and its first `
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from lizardzoo.errors import LizardzooError
-from lizardzoo.kernels.dispatch import Impl, check_qkv, check_token_flags, resolve
+from lizardzoo.kernels.dispatch import Impl, check_qkv, check_token_flags, implementation
+from lizardzoo.kernels.state import check_in_place
 from lizardzoo.kernels.window import reference
+from lizardzoo.kernels.window.state import WindowState, init_state
+
+__all__ = ["WindowState", "check_arguments", "init_state", "window_attention", "window_attention_step"]
 
 OP = "window_attention"
-
-
-class WindowState(NamedTuple):
-    """What later queries may still see: the last `window` tokens, oldest first, and the first `keep` ones.
-
-    k, v [B, window, Hkv, D]; valid [B, window] bool (False: no such token yet, or one of another document);
-    kept_k, kept_v [B, keep, Hkv, D]; length [B]: real tokens of the current document so far.
-    """
-
-    k: Tensor
-    v: Tensor
-    valid: Tensor
-    kept_k: Tensor
-    kept_v: Tensor
-    length: Tensor
 
 
 def window_attention(
@@ -66,12 +54,11 @@ def window_attention(
     Raises:
         LizardzooError: shapes, dtypes or sizes that do not fit.
     """
-    _check(q, k, v, window, keep, sinks, state)
+    check_arguments(OP, q, k, v, window, keep, sinks, state)
     check_token_flags(OP, q, mask=mask, starts=starts)
     kernels = _kernels(impl, q, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    y, log_mass, new = kernels.chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_state)
-    return y, log_mass, WindowState(*new) if new is not None else None
+    return kernels.chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_state)
 
 
 def window_attention_step(
@@ -84,63 +71,48 @@ def window_attention_step(
     sinks: Tensor | None = None,
     scale: float | None = None,
     mask: Tensor | None = None,
+    in_place: bool = False,
     impl: Impl | str = Impl.AUTO,
 ) -> tuple[Tensor, Tensor, WindowState]:
-    """`window_attention` of one token (T = 1) behind a state, whose ring gives the window; same returns."""
-    _check(q, k, v, state.k.shape[1], keep, sinks, state)
+    """`window_attention` of one token (T = 1) behind a state, whose ring gives the window; same returns.
+
+    in_place: the tensors of the given state are overwritten, and it is the one returned; without gradients only.
+    """
+    check_arguments(OP, q, k, v, state.k.shape[1], keep, sinks, state)
     check_token_flags(OP, q, mask=mask)
     if q.shape[1] != 1:
         raise LizardzooError(f"{OP}: a step takes one token, got {q.shape[1]}; call window_attention")
+    check_in_place(OP, in_place)
     kernels = _kernels(impl, q, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    y, log_mass, new = kernels.step(q, k, v, keep, sinks, scale, mask, state)
-    return y, log_mass, WindowState(*new)
-
-
-def init_state(
-    batch: int,
-    kv_heads: int,
-    head_dim: int,
-    window: int,
-    keep: int,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> WindowState:
-    """The state before the first token."""
-
-    def zeros(size: int) -> Tensor:
-        return torch.zeros(batch, size, kv_heads, head_dim, dtype=dtype, device=device)
-
-    valid = torch.zeros(batch, window, dtype=torch.bool, device=device)
-    length = torch.zeros(batch, dtype=torch.long, device=device)
-    return WindowState(zeros(window), zeros(window), valid, zeros(keep), zeros(keep), length)
+    return kernels.step(q, k, v, keep, sinks, scale, mask, state, in_place)
 
 
 def _kernels(impl: Impl | str, q: Tensor, v: Tensor) -> Any:
     """The module that computes."""
-    if impl != Impl.TRITON:
-        resolve(OP, impl, (Impl.REFERENCE,), q.device)
-        return reference
-    try:
-        from lizardzoo.kernels.window import ops
-    except ImportError:
-        raise LizardzooError(
-            f"{OP}: there is no triton implementation where triton is not installed; pass impl='reference'"
-        ) from None
-    ops.check(OP, q, v)
+    kernels = implementation(OP, impl, q.device, reference, _triton)
+    if kernels is not reference:
+        kernels.check(OP, q, v)
+    return kernels
+
+
+def _triton() -> Any:
+    from lizardzoo.kernels.window import ops
+
     return ops
 
 
-def _check(
-    q: Tensor, k: Tensor, v: Tensor, window: int, keep: int, sinks: Tensor | None, state: WindowState | None
+def check_arguments(
+    op: str, q: Tensor, k: Tensor, v: Tensor, window: int, keep: int, sinks: Tensor | None, state: WindowState | None
 ) -> None:
-    check_qkv(OP, q, k, v)
+    """What `window_attention` raises at; `op` is named."""
+    check_qkv(op, q, k, v)
     if window < 1 or keep < 0:
-        raise LizardzooError(f"{OP}: window must be at least 1 and keep at least 0, got {window} and {keep}")
+        raise LizardzooError(f"{op}: window must be at least 1 and keep at least 0, got {window} and {keep}")
     if sinks is not None and (sinks.ndim not in (1, 2) or (sinks.ndim == 2 and sinks.shape[0] != q.shape[2])):
-        raise LizardzooError(f"{OP}: sinks are [m] or [{q.shape[2]}, m], got {list(sinks.shape)}")
+        raise LizardzooError(f"{op}: sinks are [m] or [{q.shape[2]}, m], got {list(sinks.shape)}")
     if state is not None and (state.k.shape[1] != window or state.kept_k.shape[1] != keep):
         raise LizardzooError(
-            f"{OP}: the state was made with window={state.k.shape[1]}, keep={state.kept_k.shape[1]}, "
+            f"{op}: the state was made with window={state.k.shape[1]}, keep={state.kept_k.shape[1]}, "
             f"got window={window}, keep={keep}; start from a new state"
         )

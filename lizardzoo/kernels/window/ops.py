@@ -3,16 +3,19 @@
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lizardzoo.errors import LizardzooError
-from lizardzoo.kernels.rows import Rows, arrange, tail, take_tokens
+from lizardzoo.kernels.launching import decisive, launch
+from lizardzoo.kernels.rows import arrange, unroll
+from lizardzoo.kernels.state import writable
 from lizardzoo.kernels.window import triton as kernels
+from lizardzoo.kernels.window.state import next_state
 
-INTERPRETED = kernels.INTERPRETED.value  # TRITON_INTERPRET=1: CPU tensors are taken too
+INTERPRETED = kernels.INTERPRETED.value  # TRITON_INTERPRET=1
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_DIM = 256
 KEPT_BLOCK = 16  # kept tokens a tile: few, and no dot takes fewer
@@ -21,9 +24,9 @@ KEPT_BLOCK = 16  # kept tokens a tile: few, and no dot takes fewer
 # the window, and more programs hide each other's loads (forward, head_dim 128: 0.23 ms with 64 rows, 0.27 with 128).
 # For 256 and fp32: what the registers hold.
 TILES = {
-    "forward": {(2, 64): (128, 32, 4, 3), (2, 128): (64, 32, 4, 3), (2, 256): (64, 32, 4, 2),
+    "forward": {(2, 64): (64, 32, 4, 3), (2, 128): (64, 32, 4, 3), (2, 256): (64, 32, 4, 2),
                 (4, 64): (64, 32, 4, 2), (4, 128): (32, 32, 8, 2), (4, 256): (16, 16, 4, 1)},
-    "query": {(2, 64): (64, 32, 4, 2), (2, 128): (64, 32, 4, 2), (2, 256): (64, 32, 8, 1),
+    "query": {(2, 64): (64, 32, 4, 3), (2, 128): (64, 32, 4, 2), (2, 256): (64, 32, 8, 1),
               (4, 64): (32, 32, 8, 1), (4, 128): (32, 16, 8, 1), (4, 256): (16, 16, 4, 1)},
     "key": {(2, 64): (64, 64, 4, 2), (2, 128): (32, 64, 4, 2), (2, 256): (32, 64, 8, 1),
             (4, 64): (32, 32, 4, 1), (4, 128): (16, 32, 8, 1), (4, 256): (16, 16, 4, 1)},
@@ -36,8 +39,6 @@ CHUNK = 32 if INTERPRETED else 256
 def check(op: str, q: Tensor, v: Tensor) -> None:
     """What these kernels do not take."""
     way_out = "pass impl='reference'"
-    if q.device.type != "cuda" and not (INTERPRETED and q.device.type == "cpu"):
-        raise LizardzooError(f"{op}: there is no triton implementation for {q.device.type} tensors; {way_out}")
     if q.dtype not in DTYPES:
         raise LizardzooError(f"{op}: triton computes in bfloat16, float16 or float32, got {q.dtype}; {way_out}")
     if max(q.shape[-1], v.shape[-1]) > MAX_DIM:
@@ -54,11 +55,9 @@ def _next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _shape(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> dict[str, Any]:
-    """Strides and compile-time sizes that every kernel takes. Dots need sides of at least 16 and powers of two."""
-    names = [f"s{x}{axis}" for x in "qkv" for axis in "bth"]
-    strides = dict(zip(names, [s for x in (q, k, v) for s in x.stride()[:3]]))
-    sizes = {
+def _sizes(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> dict[str, Any]:
+    """Compile-time sizes that every kernel takes. Dots need sides of at least 16 and powers of two."""
+    return {
         "HKV": k.shape[2],
         "G": q.shape[2] // k.shape[2],
         "DK": q.shape[3],
@@ -67,40 +66,48 @@ def _shape(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> dict[str, A
         "BLOCK_DV": max(16, _next_power_of_2(v.shape[3])),
         "DOCUMENTS": first is not None and first.ndim == 2,
     }
-    return {**strides, **sizes}
 
 
-def _tiles(kernel: str, q: Tensor, v: Tensor) -> dict[str, int]:
-    """M, N, num_warps and num_stages of a kernel."""
+def _strides(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(s for x in tensors for s in x.stride()[:3])
+
+
+def _tiles(kernel: str, q: Tensor, v: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """M and N of a kernel; warps and stages."""
     if INTERPRETED:
-        return {"M": 16, "N": 16}  # small inputs then have several tiles
+        return {"M": 16, "N": 16}, {}  # small inputs then have several tiles
     dim = max(64, _next_power_of_2(max(q.shape[3], v.shape[3])))
-    return dict(zip(("M", "N", "num_warps", "num_stages"), TILES[kernel][q.element_size(), dim]))
+    rows, keys, warps, stages = TILES[kernel][q.element_size(), dim]
+    return {"M": rows, "N": keys}, {"num_warps": warps, "num_stages": stages}
 
 
 def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-_SIGNATURE = "Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? first, Tensor? lengths"
-_NUMBERS = "SymInt window, SymInt keep, SymInt offset, float scale"
+SIGNATURE = "Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? first, Tensor? lengths"
+NUMBERS = "SymInt window, SymInt keep, SymInt offset, float scale"
 
 
-@torch.library.custom_op(
-    "lizardzoo::window_attention", mutates_args=(), schema=f"({_SIGNATURE}, {_NUMBERS}) -> (Tensor, Tensor)"
-)
-def _attention(q, k, v, sink, first, lengths, window, keep, offset, scale):
+def attend(q, k, v, sink, first, lengths, window, keep, offset, scale):
     """y, log_mass. k, v [B, offset + T, Hkv, D]; sink [H]; first [B] or [B, T], lengths [B]: int32."""
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     batch, count, heads, _ = q.shape
     y = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     log_mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    tiles = _tiles("forward", q, v)
-    kernels.forward_kernel[(batch * k.shape[2] * _cdiv(count * (heads // k.shape[2]), tiles["M"]),)](
-        q, k, v, sink, first, lengths, y, log_mass, count, window, keep, offset, scale,
-        **_shape(q, k, v, first), **tiles, KEEP=keep > 0, R=KEPT_BLOCK,
+    tiles, options = _tiles("forward", q, v)
+    launch(
+        kernels.forward_kernel, (batch * k.shape[2] * _cdiv(count * (heads // k.shape[2]), tiles["M"]),),
+        (*decisive(q, k, v), sink is None, first is None, lengths is None),
+        (q, k, v, sink, first, lengths, y, log_mass, count, window, keep, offset, scale, *_strides(q, k, v)),
+        {**_sizes(q, k, v, first), "KEEP": keep > 0, **tiles, "R": KEPT_BLOCK}, **options,
     )  # fmt: skip
     return y, log_mass
+
+
+_attention = torch.library.custom_op(
+    "lizardzoo::window_attention", attend, mutates_args=(), schema=f"({SIGNATURE}, {NUMBERS}) -> (Tensor, Tensor)"
+)
 
 
 @_attention.register_fake
@@ -108,14 +115,11 @@ def _(q, k, v, sink, first, lengths, window, keep, offset, scale):
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "lizardzoo::window_attention_backward",
-    mutates_args=(),
-    schema=f"({_SIGNATURE}, Tensor y, Tensor log_mass, Tensor dy, Tensor? dlog_mass, {_NUMBERS})"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, window, keep, offset, scale):
-    """Gradients of q, k, v, and of sink (empty without one)."""
+def gradients(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, window, keep, offset, scale):
+    """Gradients of q, k, v and sink (None without one), and delta = dy.y - dlog_mass.
+
+    y and log_mass may be those of a larger sum that has other terms beside the window's.
+    """
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
     dy = dy.contiguous()
     dlog_mass = None if dlog_mass is None else dlog_mass.contiguous()
@@ -123,32 +127,47 @@ def _backward(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, window,
     kv_heads, groups = k.shape[2], heads // k.shape[2]
     delta = torch.empty_like(log_mass)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    numbers = (count, window, keep, offset, scale)
-    shape = _shape(q, k, v, first)
-    tiles = _tiles("query", q, v)
-    kernels.query_gradient_kernel[(batch * kv_heads * _cdiv(count * groups, tiles["M"]),)](
-        q, k, v, first, lengths, y, log_mass, dy, dlog_mass, delta, dq, *numbers,
-        **shape, **tiles, KEEP=keep > 0, R=KEPT_BLOCK,
+    numbers = (count, window, keep, offset, scale, *_strides(q, k, v))
+    form = (*decisive(q, k, v, y, dy), first is None, lengths is None, dlog_mass is None)
+    sizes = _sizes(q, k, v, first)
+    tiles, options = _tiles("query", q, v)
+    launch(
+        kernels.query_gradient_kernel, (batch * kv_heads * _cdiv(count * groups, tiles["M"]),), form,
+        (q, k, v, first, lengths, y, log_mass, dy, dlog_mass, delta, dq, *numbers),
+        {**sizes, "KEEP": keep > 0, **tiles, "R": KEPT_BLOCK}, **options,
     )  # fmt: skip
     chunks = _cdiv(count, CHUNK) - 1 if keep else 0
     part_k, part_v = (
         torch.empty(batch, kv_heads, chunks, keep, x.shape[3], dtype=torch.float32, device=q.device) for x in (k, v)
     )
-    tiles = _tiles("key", q, v)
+    tiles, options = _tiles("key", q, v)
     if chunks:
-        kept = {name: value for name, value in tiles.items() if name != "N"}
-        kernels.kept_gradient_kernel[(batch * kv_heads * chunks * _cdiv(keep, KEPT_BLOCK),)](
-            q, k, v, first, lengths, log_mass, dy, delta, part_k, part_v, *numbers,
-            **shape, **kept, R=KEPT_BLOCK, C=CHUNK,
+        launch(
+            kernels.kept_gradient_kernel, (batch * kv_heads * chunks * _cdiv(keep, KEPT_BLOCK),), form,
+            (q, k, v, first, lengths, log_mass, dy, delta, part_k, part_v, *numbers),
+            {**sizes, "M": tiles["M"], "R": KEPT_BLOCK, "C": CHUNK}, **options,
         )  # fmt: skip
-    kernels.key_gradient_kernel[(batch * kv_heads * _cdiv(offset + count, tiles["N"]),)](
-        q, k, v, first, lengths, log_mass, dy, delta, part_k, part_v, dk, dv, *numbers,
-        **shape, **tiles, KEEP=keep > 0, C=CHUNK,
+    launch(
+        kernels.key_gradient_kernel, (batch * kv_heads * _cdiv(offset + count, tiles["N"]),), form,
+        (q, k, v, first, lengths, log_mass, dy, delta, part_k, part_v, dk, dv, *numbers),
+        {**sizes, "KEEP": keep > 0, **tiles, "C": CHUNK}, **options,
     )  # fmt: skip
     if sink is None:
-        return dq, dk, dv, q.new_empty(0, dtype=torch.float32)
+        return dq, dk, dv, None, delta
     share = torch.where(torch.isfinite(log_mass), (sink - log_mass).exp(), 0.0)
-    return dq, dk, dv, -torch.where(share > 0, share * delta, 0.0).sum((0, 1))
+    return dq, dk, dv, -torch.where(share > 0, share * delta, 0.0).sum((0, 1)), delta
+
+
+@torch.library.custom_op(
+    "lizardzoo::window_attention_backward",
+    mutates_args=(),
+    schema=f"({SIGNATURE}, Tensor y, Tensor log_mass, Tensor dy, Tensor? dlog_mass, {NUMBERS})"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _backward(q, *arguments):
+    """Gradients of q, k, v, and of sink (empty without one)."""
+    dq, dk, dv, dsink, _ = gradients(q, *arguments)
+    return dq, dk, dv, q.new_empty(0, dtype=torch.float32) if dsink is None else dsink
 
 
 @_backward.register_fake
@@ -174,49 +193,64 @@ def _autograd(ctx, dy, dlog_mass):
 _attention.register_autograd(_autograd, setup_context=_setup_context)
 
 
-def chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_state):
-    """All tokens of a sequence; see `lizardzoo.kernels.window.window_attention`."""
-    count, heads = q.shape[1:3]
-    rows = first = lengths = None
-    if mask is not None or starts is not None:
-        rows = arrange(q, mask, starts, None if state is None else state.length)
-        q, k, v = rows.pack(q), rows.pack(k), rows.pack(v)
-        lengths = None if mask is None else rows.lengths.int()
-    if rows is not None and starts is not None:
-        first = (torch.arange(count, device=q.device) - rows.rank).int()
+class Placed(NamedTuple):
+    """A state's tokens before the new ones, and where rows and documents begin and end, as the kernels take it."""
+
+    k: Tensor
+    v: Tensor
+    sink: Tensor | None
+    first: Tensor | None
+    lengths: Tensor | None
+    offset: int
+
+
+def place(k, v, sinks, heads, rows, packed, state):
+    """k, v [B, T, Hkv, D], packed as `rows` says; packed: whether documents begin inside of them."""
+    first = lengths = None
+    if rows is not None and rows.order is not None:
+        lengths = rows.lengths.int()
+    if packed:
+        first = (torch.arange(k.shape[1], device=k.device) - rows.rank).int()
     elif state is not None:
         first = -state.length.int()
-    keys, values, offset = k, v, 0
+    offset = 0
     if state is not None:
-        keys, values = torch.cat([state.kept_k, state.k, k], 1), torch.cat([state.kept_v, state.v, v], 1)
-        offset = keep + window
+        ring_k, ring_v = unroll(state.k, state.length), unroll(state.v, state.length)
+        k, v = torch.cat([state.kept_k, ring_k, k], 1), torch.cat([state.kept_v, ring_v, v], 1)
+        offset = state.kept_k.shape[1] + state.k.shape[1]
     sink = None
     if sinks is not None:  # a finite floor: the gradient of a logsumexp of -inf alone is NaN
         sink = sinks.float().clamp(min=-1e37).logsumexp(-1).expand(heads).contiguous()
-    y, log_mass = _attention(q, keys, values, sink, first, lengths, window, keep, offset, float(scale))
-    new_state = _next_state(k, v, rows, state, window, keep) if return_state else None
+    return Placed(k, v, sink, first, lengths, offset)
+
+
+def chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_state):
+    """All tokens of a sequence; see `lizardzoo.kernels.window.window_attention`."""
+    rows = None
+    if mask is not None or starts is not None:
+        rows = arrange(q, mask, starts, None if state is None else state.length)
+        q, k, v = rows.pack(q), rows.pack(k), rows.pack(v)
+    *near, offset = place(k, v, sinks, q.shape[2], rows, starts is not None, state)
+    y, log_mass = _attention(q, *near, window, keep, offset, float(scale))
+    new_state = next_state(k, v, rows, state, window, keep) if return_state else None
     if rows is not None:
         y, log_mass = rows.unpack(y), rows.unpack(log_mass)
     return y, log_mass, new_state
 
 
 @torch.library.custom_op(
-    "lizardzoo::window_attention_step",
-    mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor v, Tensor past_k, Tensor past_v, Tensor valid, Tensor kept_k, Tensor kept_v,"
-    " Tensor length, Tensor? sinks, Tensor? mask, float scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "lizardzoo::window_attention_step", mutates_args=("ring_k", "ring_v", "kept_k", "kept_v", "length")
 )
-def _step(q, k, v, past_k, past_v, valid, kept_k, kept_v, length, sinks, mask, scale):
-    """y, log_mass and the next state's six tensors."""
+def _step(
+    q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, kept_k: Tensor, kept_v: Tensor, length: Tensor,
+    sinks: Tensor | None, mask: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y, log_mass; the (contiguous) state moves on in place."""
     q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
-    state = [x.contiguous() for x in (past_k, past_v, valid, kept_k, kept_v, length)]
-    new = [torch.empty_like(x) for x in state]
     (batch, _, heads, _), kv_heads = q.shape, k.shape[2]
     y = torch.empty(batch, 1, heads, v.shape[3], dtype=q.dtype, device=q.device)
     log_mass = torch.empty(batch, 1, heads, dtype=torch.float32, device=q.device)
-    shape = _shape(q, k, v, None)
-    shape = {name: value for name, value in shape.items() if name not in ("sqt", "skt", "svt", "DOCUMENTS")}
+    shape = {name: value for name, value in _sizes(q, k, v, None).items() if name != "DOCUMENTS"}
     sinks, mask = (None if x is None else x.contiguous() for x in (sinks, mask))
     wide = max(shape["BLOCK_DK"], shape["BLOCK_DV"]) * q.element_size()  # N: what the shared memory holds, two stages
     tile = {
@@ -224,52 +258,27 @@ def _step(q, k, v, past_k, past_v, valid, kept_k, kept_v, length, sinks, mask, s
         "N": 16 if INTERPRETED else min(64, max(16, 8192 // wide)),
     }
     kernels.step_kernel[(batch * kv_heads,)](
-        q, k, v, *state, sinks, mask, y, log_mass, *new, past_k.shape[1], kept_k.shape[1],
-        0 if sinks is None else sinks.shape[-1], scale,
-        ssh=0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], **shape, **tile, R=KEPT_BLOCK,
+        q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, y, log_mass, ring_k.shape[1], kept_k.shape[1],
+        0 if sinks is None else sinks.shape[-1], scale, *(x.stride(axis) for x in (q, k, v) for axis in (0, 2)),
+        0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], **shape, **tile, R=KEPT_BLOCK,
         num_warps=4, num_stages=2,
     )  # fmt: skip
-    return (y, log_mass, *new)
+    length += 1 if mask is None else mask[:, 0]
+    return y, log_mass
 
 
 @_step.register_fake
-def _(q, k, v, past_k, past_v, valid, kept_k, kept_v, length, sinks, mask, scale):
-    y, log_mass = q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
-    return (y, log_mass, *(x.new_empty(x.shape) for x in (past_k, past_v, valid, kept_k, kept_v, length)))
+def _(q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, scale):
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def step(q, k, v, keep, sinks, scale, mask, state):
+def step(q, k, v, keep, sinks, scale, mask, state, in_place):
     """One token; see `lizardzoo.kernels.window.window_attention_step`.
 
     One kernel launch, without a graph; where a gradient is wanted, the kernels of a whole sequence do it.
     """
-    inputs = (q, k, v, sinks, *state[:5])
+    inputs = (q, k, v, sinks, *state[:4])
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return chunked(q, k, v, state.k.shape[1], keep, sinks, scale, mask, None, state, True)
-    y, log_mass, *new = _step(q, k, v, *state, sinks, mask, float(scale))
-    return y, log_mass, tuple(new)
-
-
-def _next_state(k: Tensor, v: Tensor, rows: Rows | None, state: Any, window: int, keep: int) -> tuple[Tensor, ...]:
-    """What a state holds behind these (packed) tokens."""
-    batch, count = k.shape[:2]
-    past_k, past_v, _, kept_k, kept_v, before = state if state is not None else (None,) * 6
-    if before is None:
-        before = torch.zeros(batch, dtype=torch.long, device=k.device)
-    if rows is not None:
-        lengths, length = rows.lengths, rows.next_length(before)
-    else:  # all rows end in the last token: no need to look at those that are older than a window
-        lengths, length = torch.full_like(before, min(count, window)), before + count
-    valid = torch.arange(window, device=k.device) >= (window - length)[:, None]
-    ranks = torch.arange(keep, device=k.device)
-    slot = (lengths if rows is not None else torch.full_like(before, count))[:, None] - length[:, None] + ranks
-    index = torch.where(slot < 0, ranks, slot + keep).clamp(max=keep + count - 1)
-
-    def ring(past: Tensor | None, new: Tensor) -> Tensor:
-        return tail(past, new if rows is not None else new[:, -window:], lengths, window)
-
-    def first(kept: Tensor | None, new: Tensor) -> Tensor:
-        kept = new.new_zeros(batch, keep, *new.shape[2:]) if kept is None else kept
-        return take_tokens(torch.cat([kept, new], 1), index)
-
-    return ring(past_k, k), ring(past_v, v), valid, first(kept_k, k), first(kept_v, v), length
+    state = writable("window_attention", state, in_place)
+    return *_step(q, k, v, *state, sinks, mask, float(scale)), state

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lizardzoo.kernels.dispatch import compute_dtype
-from lizardzoo.kernels.rows import arrange, tail, take_tokens
+from lizardzoo.kernels.rows import arrange, take_tokens, unroll
+from lizardzoo.kernels.state import overwrite
+from lizardzoo.kernels.window.state import WindowState, next_state
 
 CHUNK = 64  # queries a tile; a tile holds CHUNK x (window + CHUNK) scores
 NEG_INF = float("-inf")
@@ -18,7 +20,11 @@ def chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_sta
     batch, count, heads, dim = q.shape
     kv_heads, groups = k.shape[2], q.shape[2] // k.shape[2]
     dtype = compute_dtype(q)
-    past_k, past_v, past_valid, kept_k, kept_v, length = state if state is not None else (None,) * 6
+    past_k = past_v = past_valid = kept_k = kept_v = length = None
+    if state is not None:
+        ring_k, ring_v, kept_k, kept_v, length = state
+        past_k, past_v = unroll(ring_k, length), unroll(ring_v, length)
+        past_valid = torch.arange(-window, 0, device=q.device) >= -length[:, None]
     rows = arrange(q, mask, starts, length)
     q, k, v = rows.pack(q), rows.pack(k), rows.pack(v)
 
@@ -65,26 +71,27 @@ def chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_sta
     log_mass = log_mass.permute(0, 1, 4, 2, 3).reshape(batch, tiles * chunk, heads)[:, :count]
     y = torch.where(rows.valid[..., None, None], y, 0.0)
     log_mass = torch.where(rows.valid[..., None], log_mass, NEG_INF)
-    new_state = _next_state(k, v, rows, state, window, keep) if return_state else None
+    new_state = next_state(k, v, rows, state, window, keep) if return_state else None
     return rows.unpack(y).to(q.dtype), rows.unpack(log_mass), new_state
 
 
-def step(q, k, v, keep, sinks, scale, mask, state):  # type: ignore[no-untyped-def]
+def step(q, k, v, keep, sinks, scale, mask, state, in_place):  # type: ignore[no-untyped-def]
     """One token; see `lizardzoo.kernels.window.window_attention_step`."""
-    past_k, past_v, past_valid, kept_k, kept_v, length = state
+    ring_k, ring_v, kept_k, kept_v, length = state
     dtype = compute_dtype(q)
     kv_heads, groups = k.shape[2], q.shape[2] // k.shape[2]
-    window = past_k.shape[1]
+    window = ring_k.shape[1]
     real = torch.ones_like(q[:, :1, 0, 0], dtype=torch.bool) if mask is None else mask  # [B, 1]
     rank = length[:, None]
+    slots, ranks = torch.arange(window, device=q.device), torch.arange(keep, device=q.device)
 
-    ranks = torch.arange(keep, device=q.device)
-    here = (ranks == rank) & real  # the new token is a kept one
-    new_kept_k = torch.where(here[..., None, None], k, kept_k)
-    new_kept_v = torch.where(here[..., None, None], v, kept_v)
-    keys = torch.cat([past_k[:, 1:], k, new_kept_k], 1).to(dtype)
-    values = torch.cat([past_v[:, 1:], v, new_kept_v], 1).to(dtype)
-    visible = torch.cat([past_valid[:, 1:], real, ranks <= rank - window], 1) & real
+    def write(past: Tensor, new: Tensor, here: Tensor) -> Tensor:
+        return torch.where((here & real)[..., None, None], new, past)
+
+    ring_k, ring_v = (write(past, new, slots == rank % window) for past, new in ((ring_k, k), (ring_v, v)))
+    kept_k, kept_v = (write(past, new, ranks == rank) for past, new in ((kept_k, k), (kept_v, v)))
+    keys, values = torch.cat([ring_k, kept_k], 1).to(dtype), torch.cat([ring_v, kept_v], 1).to(dtype)
+    visible = torch.cat([slots <= rank, ranks <= rank - window], 1) & real
 
     qs = q[:, 0].to(dtype).unflatten(1, (kv_heads, groups)) * scale
     scores = torch.einsum("bhgd,bshd->bhgs", qs, keys).masked_fill(~visible[:, None, None], NEG_INF)
@@ -92,20 +99,8 @@ def step(q, k, v, keep, sinks, scale, mask, state):  # type: ignore[no-untyped-d
     values = torch.where(visible[..., None, None], values, 0.0)
     y = torch.einsum("bhgs,bshd->bhgd", weights[..., 0, :], values).flatten(1, 2)[:, None]
     log_mass = torch.where(real[..., None], log_mass.flatten(1, 2)[:, None, :, 0], NEG_INF)
-
-    def roll(past: Tensor, new: Tensor) -> Tensor:
-        moved = torch.cat([past[:, 1:], new], 1)
-        return moved if mask is None else torch.where(real.view(-1, *[1] * (past.ndim - 1)), moved, past)
-
-    new_state = (
-        roll(past_k, k),
-        roll(past_v, v),
-        roll(past_valid, real),
-        new_kept_k,
-        new_kept_v,
-        length + real[:, 0].long(),
-    )
-    return y.to(q.dtype), log_mass, new_state
+    new = WindowState(ring_k, ring_v, kept_k, kept_v, length + real[:, 0].long())
+    return y.to(q.dtype), log_mass, overwrite(state, new) if in_place else new
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None, kv_heads: int, groups: int) -> tuple[Tensor, Tensor]:
@@ -166,21 +161,3 @@ def _kept(qs, k, v, kept_k, kept_v, rows, keep, window, packed, fill):  # type: 
 def _kept_sum(weights: Tensor, values: Tensor) -> Tensor:
     per_query = values.ndim == 6
     return torch.einsum("bnhgcs,bncshd->bnhgcd" if per_query else "bnhgcs,bshd->bnhgcd", weights, values)
-
-
-def _next_state(k, v, rows, state, window, keep):  # type: ignore[no-untyped-def]
-    past_k, past_v, past_valid, kept_k, kept_v, length = state if state is not None else (None,) * 6
-    last = rows.last_document()
-    if past_valid is not None:
-        past_valid = past_valid & (last == 0)
-    valid = tail(past_valid, rows.valid & (rows.document == last), rows.lengths, window)
-    length = rows.next_length(torch.zeros_like(rows.lengths) if length is None else length)
-    first = rows.lengths[:, None] - length[:, None]
-    return (
-        tail(past_k, k, rows.lengths, window),
-        tail(past_v, v, rows.lengths, window),
-        valid,
-        _gather_kept(first, k, kept_k, keep)[:, 0],
-        _gather_kept(first, v, kept_v, keep)[:, 0],
-        length,
-    )

@@ -333,73 +333,77 @@ def key_gradient_kernel(
     _store(DV_OUT, place * DV, dv.to(DV_OUT.dtype.element_ty), key < total, DV, BLOCK_DV)
 
 
+@triton.jit
+def sink_masses(peak, mass, acc, SINKS, heads, inside, ssh, sinks, R: tl.constexpr):
+    """Add the sinks of each row's head to the denominators; see `_attend`."""
+    for s0 in range(0, sinks, R):
+        s = s0 + tl.arange(0, R)
+        there = (s < sinks)[None, :] & inside[:, None]
+        logits = tl.load(SINKS + heads[:, None] * ssh + s[None, :], mask=there, other=float("-inf"))
+        logits = logits.to(tl.float32) * LOG2E
+        new_peak = tl.maximum(peak, tl.max(logits, 1))
+        finite = tl.where(new_peak == float("-inf"), 0.0, new_peak)
+        decay = tl.exp2(peak - finite)
+        mass = mass * decay + tl.sum(tl.exp2(logits - finite[:, None]), 1)
+        peak, acc = new_peak, acc * decay[:, None]
+    return peak, mass, acc
+
+
 @triton.jit(do_not_specialize=["window", "keep", "sinks"])
 def step_kernel(
-    Q, K, V, PAST_K, PAST_V, VALID, KEPT_K, KEPT_V, LENGTH, SINKS, MASK, Y, LOG_MASS, NEW_K, NEW_V, NEW_VALID,
-    NEW_KEPT_K, NEW_KEPT_V, NEW_LENGTH, window, keep, sinks, scale, sqb, sqh, skb, skh, svb, svh, ssh,
+    Q, K, V, RING_K, RING_V, KEPT_K, KEPT_V, LENGTH, SINKS, MASK, Y, LOG_MASS, window, keep, sinks, scale,
+    sqb, sqh, skb, skh, svb, svh, ssh,
     HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
     BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """One token of one key head: attend while copying the state one place on."""
+    """One token of one key head: attend, and write the token into its slots.
+
+    A slot that is written is not read: the new token stands there already, in registers.
+    """
     head, b = tl.program_id(0) % HKV, (tl.program_id(0) // HKV).to(tl.int64)
     g = tl.arange(0, M)
     inside, heads = g < G, head * G + g
     real = 1
     if MASK is not None:
         real = tl.load(MASK + b).to(tl.int32)
-    length = tl.load(LENGTH + b)
+    length = tl.load(LENGTH + b)  # the new token's rank
     q = _load(Q + b * sqb, heads * sqh, inside, DK, BLOCK_DK)
     d, dv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
-    k_new = tl.load(K + b * skb + head * skh + d, mask=d < DK, other=0.0)[None, :]
-    v_new = tl.load(V + b * svb + head * svh + dv, mask=dv < DV, other=0.0)[None, :]
+    k_new = tl.load(K + b * skb + head * skh + d, mask=d < DK, other=0.0)
+    v_new = tl.load(V + b * svb + head * svh + dv, mask=dv < DV, other=0.0)
     peak = tl.full([M], float("-inf"), tl.float32)
     mass = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, BLOCK_DV], tl.float32)
 
     for j0 in range(0, window, N):
         j = j0 + tl.arange(0, N)
-        old = j + real < window
-        source = ((b * window + j + real) * HKV + head).to(tl.int64)
+        there = (j < window) & (j <= length)
         place = ((b * window + j) * HKV + head).to(tl.int64)
-        k = tl.where(old[:, None], _load(PAST_K, source * DK, old, DK, BLOCK_DK), k_new)
-        v = tl.where(old[:, None], _load(PAST_V, source * DV, old, DV, BLOCK_DV), v_new)
-        valid = (tl.load(VALID + b * window + j + real, mask=old, other=0) != 0) | (j + real == window)
-        _store(NEW_K, place * DK, k, j < window, DK, BLOCK_DK)
-        _store(NEW_V, place * DV, v, j < window, DV, BLOCK_DV)
-        if head == 0:
-            tl.store(NEW_VALID + b * window + j, valid, mask=j < window)
-        seen = valid & (j < window) & (real != 0)
-        v = tl.where(seen[:, None], v, 0.0)  # what is not valid may be anything
+        here = (j == length % window)[:, None]
+        k = tl.where(here, k_new[None, :], _load(RING_K, place * DK, there, DK, BLOCK_DK))
+        v = tl.where(here, v_new[None, :], _load(RING_V, place * DV, there, DV, BLOCK_DV))
         scores = _dot(q, tl.trans(k)) * (scale * LOG2E)
-        peak, mass, acc = _attend(peak, mass, acc, scores, seen[None, :] & inside[:, None], v)
+        peak, mass, acc = _attend(peak, mass, acc, scores, there[None, :] & inside[:, None], v)
     for r0 in range(0, keep, R):
         r = r0 + tl.arange(0, R)
+        there = (r < keep) & (r <= length - window)
         place = ((b * keep + r) * HKV + head).to(tl.int64)
-        here = ((r == length) & (real != 0))[:, None]  # the new token is a kept one
-        k = tl.where(here, k_new, _load(KEPT_K, place * DK, r < keep, DK, BLOCK_DK))
-        v = tl.where(here, v_new, _load(KEPT_V, place * DV, r < keep, DV, BLOCK_DV))
-        _store(NEW_KEPT_K, place * DK, k, r < keep, DK, BLOCK_DK)
-        _store(NEW_KEPT_V, place * DV, v, r < keep, DV, BLOCK_DV)
-        seen = (r < keep) & (r <= length - window) & (real != 0)
-        v = tl.where(seen[:, None], v, 0.0)
+        k = _load(KEPT_K, place * DK, there, DK, BLOCK_DK)
+        v = _load(KEPT_V, place * DV, there, DV, BLOCK_DV)
         scores = _dot(q, tl.trans(k)) * (scale * LOG2E)
-        peak, mass, acc = _attend(peak, mass, acc, scores, seen[None, :] & inside[:, None], v)
+        peak, mass, acc = _attend(peak, mass, acc, scores, there[None, :] & inside[:, None], v)
     if SINKS is not None:
-        for s0 in range(0, sinks, R):
-            s = s0 + tl.arange(0, R)
-            there = (s < sinks)[None, :] & inside[:, None]
-            logits = tl.load(SINKS + heads[:, None] * ssh + s[None, :], mask=there, other=float("-inf"))
-            logits = logits.to(tl.float32) * LOG2E
-            new_peak = tl.maximum(peak, tl.max(logits, 1))
-            finite = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            decay = tl.exp2(peak - finite)
-            mass = mass * decay + tl.sum(tl.exp2(logits - finite[:, None]), 1)
-            peak, acc = new_peak, acc * decay[:, None]
+        peak, mass, acc = sink_masses(peak, mass, acc, SINKS, heads, inside, ssh, sinks, R)
     answers = inside & (real != 0)
     mass = tl.where(answers, mass, 1.0)
     y = tl.where(answers[:, None], acc / mass[:, None], 0.0)
     place = b * (HKV * G) + heads
     _store(Y, place * DV, y.to(Y.dtype.element_ty), inside, DV, BLOCK_DV)
     tl.store(LOG_MASS + place, tl.where(answers, (peak + tl.log2(mass)) / LOG2E, float("-inf")), mask=inside)
-    if head == 0:
-        tl.store(NEW_LENGTH + b, length + real)
+    place = (b * window + length % window) * HKV + head
+    tl.store(RING_K + place * DK + d, k_new, mask=d < DK * real)
+    tl.store(RING_V + place * DV + dv, v_new, mask=dv < DV * real)
+    kept = tl.where(length < keep, real, 0)
+    place = (b * keep + length) * HKV + head
+    tl.store(KEPT_K + place * DK + d, k_new, mask=d < DK * kept)
+    tl.store(KEPT_V + place * DV + dv, v_new, mask=dv < DV * kept)
