@@ -18,7 +18,11 @@ Conventions, obeyed by every kernel:
   denominator, does not decay the state, and its own output is y = 0, log_mass = -inf. Distances (window, lag, keep)
   count real tokens, so a row padded anywhere equals its unpadded row.
 - `starts` [B, T], True where a packed document begins: it sees nothing of what came before.
-- state goes in and comes out, nothing is changed in place; its size does not depend on the length.
+- state goes in and comes out, nothing is changed in place (unless a step is told to: `in_place`); its size does not
+  depend on the length.
+- the last n tokens of a document are held in a ring [B, n, ...]: the token of rank r (its number among the real tokens
+  of its document) stands in slot r % n, so that a step writes one slot. `length` says which ranks those are: slot s
+  holds rank length-1 - (length-1-s) % n, and nothing while that is below 0 (s >= length).
 - accumulation and state are fp32 (float64 for float64 inputs); keys and values wait in their own dtype.
 - `impl` is AUTO (looks at the device only), TRITON or REFERENCE; what is unsupported raises.
 """
@@ -30,15 +34,21 @@ from lizardzoo.kernels.gated_linear import (
     gated_linear_attention,
     gated_linear_attention_step,
 )
+from lizardzoo.kernels.hybrid import HybridState, hybrid_attention, hybrid_attention_step
+from lizardzoo.kernels.rotary import rotate
 from lizardzoo.kernels.window import WindowState, window_attention, window_attention_step
 
 __all__ = [
     "FeatureMap",
     "GatedLinearState",
+    "HybridState",
     "Impl",
     "WindowState",
     "gated_linear_attention",
     "gated_linear_attention_step",
+    "hybrid_attention",
+    "hybrid_attention_step",
+    "rotate",
     "window_attention",
     "window_attention_step",
 ]

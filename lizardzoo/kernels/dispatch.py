@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from enum import Enum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,20 +21,25 @@ class Impl(str, Enum):
     REFERENCE = "reference"
 
 
-def resolve(op: str, impl: Impl | str, available: tuple[Impl, ...], device: torch.device) -> Impl:
-    """AUTO looks at the device only: the op's Triton kernel on CUDA where it has one, the reference elsewhere."""
+def implementation(op: str, impl: Impl | str, device: torch.device, reference: Any, triton: Callable[[], Any]) -> Any:
+    """The module that computes: `reference`, or what `triton` imports.
+
+    AUTO looks at the device only: Triton on CUDA, the reference elsewhere. Triton's interpreter (TRITON_INTERPRET=1)
+    takes CPU tensors where it is asked for.
+    """
     try:
         impl = Impl(impl)
     except ValueError:
         names = ", ".join(repr(choice.value) for choice in Impl)
         raise LizardzooError(f"{op}: unknown impl {impl!r}; choose one of {names}") from None
-    if impl is Impl.AUTO:
-        return Impl.TRITON if device.type == "cuda" and Impl.TRITON in available else Impl.REFERENCE
-    if impl not in available:
-        raise LizardzooError(f"{op}: there is no {impl.value} implementation; pass impl='reference'")
-    if impl is Impl.TRITON and device.type != "cuda":
+    if impl is Impl.REFERENCE or (impl is Impl.AUTO and device.type != "cuda"):
+        return reference
+    if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
         raise LizardzooError(f"{op}: triton needs CUDA tensors, got {device.type}; pass impl='reference'")
-    return impl
+    try:
+        return triton()
+    except ImportError as error:
+        raise LizardzooError(f"{op}: triton is not installed; pip install triton, or pass impl='reference'") from error
 
 
 def check_qkv(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:

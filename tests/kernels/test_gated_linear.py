@@ -16,7 +16,7 @@ from lizardzoo import LizardzooError
 from lizardzoo.kernels import FeatureMap, gated_linear_attention, gated_linear_attention_step
 from lizardzoo.kernels.gated_linear import init_state, reference
 from lizardzoo.testing import gated_linear_oracle, token_flags
-from tests.kernels.cases import assert_same, error, saved_bytes
+from tests.kernels.cases import assert_same, assert_same_tokens, error, saved_bytes
 
 
 class Case(NamedTuple):
@@ -33,10 +33,16 @@ class Case(NamedTuple):
 
 
 @st.composite
-def cases(draw: st.DrawFn, documents: bool = True, scales: tuple[float, ...] = (1.0, 1.0, 30.0)) -> Case:
+def cases(
+    draw: st.DrawFn,
+    documents: bool = True,
+    scales: tuple[float, ...] = (1.0, 1.0, 30.0),
+    sizes: tuple[tuple[int, int, int], ...] = ((4, 2, 3), (4, 4, 3)),
+) -> Case:
+    """sizes: of a head, of a half's features and of a value."""
     batch, length = draw(st.integers(1, 2)), draw(st.integers(1, 13))
     kv_heads, groups = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 3]))
-    heads, features = kv_heads * groups, draw(st.sampled_from([2, 4]))
+    heads, (dim, features, value_dim) = kv_heads * groups, draw(st.sampled_from(sizes))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     scale = draw(st.sampled_from(scales))
 
@@ -48,16 +54,16 @@ def cases(draw: st.DrawFn, documents: bool = True, scales: tuple[float, ...] = (
     regime = draw(st.sampled_from([-6.0, 0.0, 6.0]))  # gates near 0, in between, near 1
     log_decay = None if decay is None else F.logsigmoid(randn(batch, length, decay).detach() + regime).requires_grad_()
     maps = FeatureMap(
-        randn(draw(st.sampled_from([1, heads])), 4, features, factor=scale),
-        randn(draw(st.sampled_from([1, kv_heads])), 4, features, factor=scale),
+        randn(draw(st.sampled_from([1, heads])), dim, features, factor=scale),
+        randn(draw(st.sampled_from([1, kv_heads])), dim, features, factor=scale),
         draw(st.sampled_from(["softmax", "exp"])),
     )
     flags = draw(token_flags(batch, length, documents=documents))
     return Case(
         {
-            "q": randn(batch, length, heads, 4),
-            "k": randn(batch, length, kv_heads, 4),
-            "v": randn(batch, length, kv_heads, 3),
+            "q": randn(batch, length, heads, dim),
+            "k": randn(batch, length, kv_heads, dim),
+            "v": randn(batch, length, kv_heads, value_dim),
             "log_decay": log_decay,
             "log_input": None if enter is None else randn(batch, length, enter),
         },
@@ -96,8 +102,7 @@ def test_splitting_a_sequence_changes_nothing(case: Case, data: st.DataObject) -
     pieces = [torch.cat(part, 1) for part in zip(*outputs, strict=True)]
     assert_same((pieces[0], pieces[1]), (y, log_mass), case.inputs(), 1e-10)
     assert state is not None and whole is not None
-    for name in ("valid", "length"):
-        assert torch.equal(getattr(state, name), getattr(whole, name))
+    assert_same_tokens(state, whole)
     assert_same(_memory(state), _memory(whole), case.inputs(), 1e-10)
 
 

@@ -1,16 +1,21 @@
 # mypy: ignore-errors
-"""Gated linear attention in Triton: the kernels.
+"""Gated linear attention in Triton: the gates, the states between chunks, and the outputs.
 
-A sequence is cut into chunks of C tokens. With c the log-decay summed within a chunk and e its sum over the chunk, a
-key that enters at slot t and a query of slot i of one chunk weigh exp(c_i - c_t + weight_t) phi_q(i).phi_k(t); what
-came before the chunk is one matrix S. Forward: (1) what each chunk adds to S, (2) a scan over the chunks, (3) outputs.
-Backward: the states again; then (1) and (2) from the right, with queries in the place of keys; then one kernel for q
-and one for k, v and the gates. Features live in registers only. Products take their operands as they are loaded or
-computed, never a transposed accumulator: Triton 3.4 to 3.7.0 gets those wrong on Hopper.
+A sequence is cut into chunks of C slots; the key that enters at slot i stands `lag` slots earlier. With c the log-decay
+summed within a chunk and e its sum over the chunk, a key that enters at slot t and a query of slot i of one chunk weigh
+exp(c_i - c_t + weight_t) phi_q(i).phi_k(t); what came before the chunk is one matrix S, held as S^T [V, F]: every
+product then takes features with tokens as rows, as they are computed. Forward: (1) gates, (2) what each chunk adds to
+S, (3) a scan over the chunks, (4) outputs. The backward is in `triton_backward.py`.
 
-A matrix S is stored as exp(scale_f) S_f with a scale for each feature f (the largest weight in it), so that exp
-features and input gates of any size neither overflow nor vanish. Nothing is summed in an order that the launch
-decides: results are deterministic.
+The features of a Hedgehog map are those of z = xW and those of -z: kernels go over the two HALVES one after the other,
+which needs one product for both and half the registers. Features live in registers only.
+
+What a query is relative to. Softmax features are at most 1, so weights are taken relative to the largest decayed key
+weight, which all heads of a group share: no maximum over scores, one exponential for the group. Exp features can be
+anything: each row is taken relative to its largest feature, each feature of S to its largest entry. Nothing is summed
+in an order that the launch decides: results are deterministic.
+
+Logarithms are in units of log 2 in here, map weights come times log2(e): exp2 is one instruction, exp five.
 """
 
 from __future__ import annotations
@@ -18,8 +23,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+INTERPRETED = triton.knobs.runtime.interpret
+"""Whether TRITON_INTERPRET=1 was set: the kernels then run on CPU tensors, slowly."""
 NEG_INF = tl.constexpr(float("-inf"))
-LARGEST = tl.constexpr(80.0)  # its exp() is finite in bf16 and fp32, times any sound gradient too
+LARGEST = tl.constexpr(115.0)  # 2 ** 115 is finite in bf16 and fp32, times any sound gradient too
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
@@ -28,46 +37,39 @@ def _finite(x):
 
 
 @triton.jit
-def _place(start, stride, end, width: tl.constexpr, C: tl.constexpr, W: tl.constexpr, TURN: tl.constexpr):
-    """Offsets of the tile [tokens start .. start + C, W columns] and which are inside; TURN: of its transpose.
+def _tokens(base, start, stride, end, width: tl.constexpr, C: tl.constexpr, W: tl.constexpr):
+    """[C, W] of the tokens start .. start + C, zero outside 0 <= token < end, column < width.
 
     The tokens' own offset is one 64-bit number: offsets in the tile are small, and 32-bit ones take half the registers.
     """
-    tokens = tl.expand_dims(tl.arange(0, C), 0 if TURN else 1)
-    columns = tl.expand_dims(tl.arange(0, W), 1 if TURN else 0)
-    inside = (tokens + start >= 0) & (tokens + start < end)
+    rows, columns = tl.arange(0, C)[:, None], tl.arange(0, W)[None, :]
+    inside = (rows + start >= 0) & (rows + start < end)
     if width < W:
         inside = inside & (columns < width)
-    else:
-        inside = inside & (columns >= 0)
-    return tokens * stride + columns, inside
-
-
-@triton.jit
-def _tokens(base, start, stride, end, width: tl.constexpr, C: tl.constexpr, W: tl.constexpr, TURN: tl.constexpr):
-    """[C, W] of tokens (TURN: [W, C]), zero outside 0 <= token < end, column < width."""
-    offsets, inside = _place(start, stride, end, width, C, W, TURN)
-    return tl.load(base + (start * tl.full([], 1, tl.int64)) * stride + offsets, mask=inside, other=0.0)
-
-
-@triton.jit
-def _put_tokens(
-    base, value, start, stride, end, width: tl.constexpr, C: tl.constexpr, W: tl.constexpr, TURN: tl.constexpr
-):
-    offsets, inside = _place(start, stride, end, width, C, W, TURN)
     base += (start * tl.full([], 1, tl.int64)) * stride
-    tl.store(base + offsets, value.to(base.dtype.element_ty), mask=inside)
+    return tl.load(base + rows * stride + columns, mask=inside, other=0.0)
 
 
 @triton.jit
-def _matrix(base, rows: tl.constexpr, columns: tl.constexpr, R: tl.constexpr, W: tl.constexpr, TURN: tl.constexpr):
-    """A matrix [rows, columns], padded with zeros to [R, W] (TURN: [W, R])."""
-    return _tokens(base, 0, columns, rows, columns, R, W, TURN)
+def _put_tokens(base, value, start, stride, end, width: tl.constexpr, C: tl.constexpr, W: tl.constexpr):
+    rows, columns = tl.arange(0, C)[:, None], tl.arange(0, W)[None, :]
+    inside = (rows + start >= 0) & (rows + start < end)
+    if width < W:
+        inside = inside & (columns < width)
+    base += (start * tl.full([], 1, tl.int64)) * stride
+    tl.store(base + rows * stride + columns, value.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _half(base, half, rows: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, BF: tl.constexpr):
+    """Columns half * F .. half * F + F of a matrix [rows, WIDTH], padded with zeros to [R, BF]."""
+    r, f = tl.arange(0, R)[:, None], tl.arange(0, BF)[None, :]
+    return tl.load(base + r * WIDTH + half * F + f, mask=(r < rows) & (f < F), other=0.0)
 
 
 @triton.jit
 def _dot(a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
-    """bf16 inputs meet as bf16; fp16 ones as tf32, which has their 11 bits and the range that weights need."""
+    """bf16 inputs meet as bf16; fp16 and fp32 ones as three products of tf32: weights need the range of fp32."""
     if OPERAND == "bf16":
         a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
     else:
@@ -76,88 +78,87 @@ def _dot(a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _halves(x, first, AXIS: tl.constexpr, MAXIMUM: tl.constexpr):
-    """The maximum or sum over each half of the features, where that half's features stand."""
-    fill = NEG_INF if MAXIMUM else 0.0
-    one, two = tl.where(first, x, fill), tl.where(first, fill, x)
-    if MAXIMUM:
-        one, two = tl.max(one, AXIS), tl.max(two, AXIS)
+def _dot_turned(a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T."""
+    if OPERAND == "bf16":
+        a, b = a.to(tl.bfloat16), b.to(tl.bfloat16)
     else:
-        one, two = tl.sum(one, AXIS), tl.sum(two, AXIS)
-    return tl.where(first, tl.expand_dims(one, AXIS), tl.expand_dims(two, AXIS))
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, tl.trans(b), input_precision=PRECISION)
 
 
 @triton.jit
-def _log_features(logits, AXIS: tl.constexpr, F2: tl.constexpr, BF: tl.constexpr, MAP: tl.constexpr):
-    """log phi from the logits [xW, -xW] along AXIS, -inf in padded features."""
-    f = tl.expand_dims(tl.arange(0, BF), 1 - AXIS)
-    logits = tl.where(f < F2, logits, NEG_INF)
-    if MAP == "softmax":
-        first = f < F2 // 2
-        logits -= _halves(logits, first, AXIS, True)
-        logits -= tl.log(_halves(tl.exp(logits), first, AXIS, False))
-    return logits
+def _map(
+    maps, D: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, MAP: tl.constexpr, TERMS: tl.constexpr
+):
+    """A map's terms, [BD, BF] each: both the same where there is one. Without a map, nothing that is read."""
+    if MAP == "none":
+        high = tl.zeros([BD, BF], tl.float32)
+        low = high
+    else:
+        high, low = _half(maps, 0, D, F, F, BD, BF), _half(maps + (TERMS - 1) * D * F, 0, D, F, F, BD, BF)
+    return high, low
 
 
 @triton.jit
-def _rows(
-    x, maps, D: tl.constexpr, F2: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
-    MAP: tl.constexpr, LOGITS: tl.constexpr,
-):  # fmt: skip
-    """log phi of x [C, D] with [W, -W] [D, 2F]: [C, BF].
+def _logits(x, high, low, MAP: tl.constexpr, LOGITS: tl.constexpr):
+    """z = x W in units of log 2, from x [C, D] and both terms of W; without a map, x itself.
 
-    A bf16 x meets the fp32 weights as two bf16 terms, one behind the other: as exact as tf32, and as fast.
+    A bf16 x meets the fp32 weights as two bf16 terms: as exact as tf32, and faster.
     """
     if MAP == "none":
-        logits = x.to(tl.float32)
+        return x.to(tl.float32) * LOG2E
     elif LOGITS == "bf16x2":
-        logits = tl.dot(x, _matrix(maps, D, F2, BD, BF, False))
-        logits += tl.dot(x, _matrix(maps + D * F2, D, F2, BD, BF, False))
+        return tl.dot(x, low, tl.dot(x, high))
     else:
-        logits = tl.dot(x.to(tl.float32), _matrix(maps, D, F2, BD, BF, False), input_precision=LOGITS)
-    return _log_features(logits, 1, F2, BF, MAP)
+        return tl.dot(x.to(tl.float32), high, input_precision=LOGITS)
 
 
 @triton.jit
-def _columns(
-    x_t, maps, D: tl.constexpr, F2: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
-    MAP: tl.constexpr, LOGITS: tl.constexpr,
-):  # fmt: skip
-    """The transpose of _rows, from x^T [D, C]: [BF, C]."""
-    if MAP == "none":
-        logits = x_t.to(tl.float32)
-    elif LOGITS == "bf16x2":
-        logits = tl.dot(_matrix(maps, D, F2, BD, BF, True), x_t)
-        logits += tl.dot(_matrix(maps + D * F2, D, F2, BD, BF, True), x_t)
-    else:
-        logits = tl.dot(_matrix(maps, D, F2, BD, BF, True), x_t.to(tl.float32), input_precision=LOGITS)
-    return _log_features(logits, 0, F2, BF, MAP)
+def _signed(z, half, F: tl.constexpr, BF: tl.constexpr):
+    """z of the first half, -z of the second; -inf in padded features."""
+    z = z if half == 0 else -z
+    if F < BF:
+        z = tl.where((tl.arange(0, BF) < F)[None, :], z, NEG_INF)
+    return z
 
 
 @triton.jit
-def _peak(logs, AXIS: tl.constexpr, MAP: tl.constexpr):
-    """What features are taken relative to. Softmax features need nothing: their largest is at least 1/F."""
-    top = _finite(tl.max(logs, AXIS))
-    return top * 0.0 if MAP == "softmax" else top
-
-
-@triton.jit
-def _logits_gradient(gradient, logs, AXIS: tl.constexpr, F2: tl.constexpr, BF: tl.constexpr, MAP: tl.constexpr):
-    """From the gradient of log phi to that of its logits."""
+def _peak(z, F: tl.constexpr, BF: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr):
+    """What the features of a token are taken relative to, as a logarithm; [C]. Softmax features need nothing."""
     if MAP == "softmax":
-        first = tl.expand_dims(tl.arange(0, BF), 1 - AXIS) < F2 // 2
-        gradient -= tl.exp(logs) * _halves(gradient, first, AXIS, False)
-    return gradient
+        return tl.zeros([C], tl.float32)
+    top = tl.max(_signed(z, 0, F, BF), 1)
+    if MAP == "exp":
+        top = tl.maximum(top, tl.max(_signed(z, 1, F, BF), 1))
+    return _finite(top)
 
 
 @triton.jit
-def _gates(decay, weight, row, head, n, T, HS, C: tl.constexpr):
-    """Log-decay summed within the chunk, its sum over the chunk, and the log-weights of the keys that enter in it."""
+def _features(z, peak, half, F: tl.constexpr, BF: tl.constexpr, MAP: tl.constexpr):
+    """phi of one half, times exp(-peak); [C, BF], zero in padded features."""
+    z = _signed(z, half, F, BF)
+    if MAP == "softmax":
+        phi = tl.exp2(z - tl.max(z, 1)[:, None])
+        return phi * (tl.exp2(-peak) / tl.sum(phi, 1))[:, None]
+    else:
+        return tl.exp2(z - peak[:, None])
+
+
+@triton.jit
+def _operand(x, OPERAND: tl.constexpr):
+    """As products take it: a tile that waits for one then takes half the registers, or none."""
+    return x.to(tl.bfloat16) if OPERAND == "bf16" else x
+
+
+@triton.jit
+def _read_gates(sums, weight, bh, n, T, C: tl.constexpr):
+    """Log-decay summed within the chunk, over the chunk, and the log-weights of the keys that enter in it."""
     i = n * C + tl.arange(0, C)
-    offsets = (row * T + i) * HS + head
-    step = tl.load(decay + offsets, mask=i < T, other=0.0)
-    enter = tl.load(weight + offsets, mask=i < T, other=NEG_INF)
-    return tl.cumsum(step, 0), tl.sum(step, 0), enter
+    base = bh.to(tl.int64) * T
+    total = tl.load(sums + base + tl.minimum(n * C + C, T) - 1)
+    c = tl.load(sums + base + i, mask=i < T, other=0.0)
+    return c, total, tl.load(weight + base + i, mask=i < T, other=NEG_INF)
 
 
 @triton.jit
@@ -173,314 +174,326 @@ def _documents(document, row, n, T, C: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _pairs(sums, enter, here, row_log, key_peak, C: tl.constexpr):
-    """Log-weights [query, key] of a chunk without the features' product; -inf where a query does not see a key."""
+def _pairs(queries, keys, here, C: tl.constexpr, PACKED: tl.constexpr):
+    """The sums of two logarithms [query, key] of a chunk; -inf where a query does not see a key."""
     i = tl.arange(0, C)
-    seen = (i[:, None] >= i[None, :]) & (here[:, None] == here[None, :])
-    between = (sums + row_log)[:, None] + (enter + key_peak - sums)[None, :]
-    return tl.where(seen, between, NEG_INF)
+    seen = i[:, None] >= i[None, :]
+    if PACKED:
+        seen = seen & (here[:, None] == here[None, :])
+    return tl.where(seen, queries[:, None] + keys[None, :], NEG_INF)
+
+
+@triton.jit
+def _state(kv, norm, at, half, F: tl.constexpr, F2: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr):
+    """One half of a state: S^T [BV, BF] and its norm [BF], both relative to its scale."""
+    f = tl.arange(0, BF)
+    mass = tl.load(norm + at * F2 + half * F + f, mask=f < F, other=0.0)
+    return _half(kv + at * F2 * V, half, V, F, F2, BV, BF), mass
+
+
+@triton.jit
+def _as_rows(x, BF: tl.constexpr, OPERAND: tl.constexpr, TIMES: tl.constexpr):
+    """A vector [BF] as an operand [16, BF] whose rows sum to it TIMES: a product with it costs less than a sum."""
+    r, high = tl.arange(0, 16)[:, None], x.to(tl.bfloat16).to(tl.float32)
+    rows = tl.where(r % 2 == 0, high[None, :], (x - high)[None, :])
+    return _operand(tl.where(r < 2 * TIMES, rows, 0.0), OPERAND)
+
+
+@triton.jit
+def _state_operands(
+    kv, norm, at, half, F: tl.constexpr, F2: tl.constexpr, V: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+    OPERAND: tl.constexpr, TIMES: tl.constexpr,
+):  # fmt: skip
+    """The same, both as operands."""
+    matrix, mass = _state(kv, norm, at, half, F, F2, V, BF, BV)
+    return matrix, _as_rows(mass, BF, OPERAND, TIMES)
+
+
+@triton.jit
+def _scale(scale, at, half, F: tl.constexpr, BF: tl.constexpr, SCALES: tl.constexpr):
+    """The log-scale of one half of a state: [BF]; a number where SCALES = 1."""
+    if SCALES == 1:
+        return tl.load(scale + at)
+    else:
+        f = tl.arange(0, BF)
+        return tl.load(scale + at * SCALES + half * F + f, mask=f < F, other=NEG_INF)
+
+
+@triton.jit
+def split_maps(query, key, to_query, to_key, queries, keys, size, TERMS: tl.constexpr, BLOCK: tl.constexpr):
+    """Map weights [heads, D, F] times log2(e); as two bf16 terms [heads, 2, D, F] where TERMS = 2."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(1) == 0:
+        source, target, count = query, to_query, queries
+    else:
+        source, target, count = key, to_key, keys
+    w = tl.load(source + i, mask=i < count, other=0.0) * LOG2E
+    place = i + i // size * size * (TERMS - 1)
+    if TERMS == 2:
+        high = w.to(tl.bfloat16)
+        tl.store(target + place + size, (w - high.to(tl.float32)).to(tl.bfloat16), mask=i < count)
+        tl.store(target + place, high, mask=i < count)
+    else:
+        tl.store(target + place, w, mask=i < count)
+
+
+@triton.jit(do_not_specialize=["T", "lag", "offset", "skip"])
+def gates(
+    decay, enter, allowed, sums, weight, T, lag, offset, skip, HS, DECAYS, ENTERS,
+    C: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`sums`, `weight` [B, Hs, T]: log-decay summed within its chunk, and the log-weight with which a key enters.
+
+    The weight is the key's log_input and what it lost while it waited, the decays of the `lag` slots up to the one at
+    which it enters. decay, enter [B, offset + T, heads of the gate] begin `offset` slots before slot 0. Sums are fp64,
+    since waiting tokens may lose much more than the differences that count.
+    """
+    n, bh = tl.program_id(0), tl.program_id(1)
+    row, head = (bh // HS).to(tl.int64), bh % HS
+    i = n * C + tl.arange(0, C)
+    lost = tl.zeros([C], tl.float64)
+    c = tl.zeros([C], tl.float64)
+    if decay is not None:
+        decays, first = decay + row * (offset + T) * DECAYS + head * DECAYS // HS, offset + n * C
+        own = tl.load(decays + (offset + i) * DECAYS, mask=i < T, other=0.0).to(tl.float64)
+        c = tl.cumsum(own, 0)
+        past = offset + i - lag
+        gone = tl.load(decays + past * DECAYS, mask=(past >= 0) & (i < T), other=0.0).to(tl.float64)
+        waits = tl.zeros([BLOCK], tl.float64)
+        for start in range(tl.maximum(first - lag, 0), first, BLOCK):
+            s = start + tl.arange(0, BLOCK)
+            waits += tl.load(decays + s * DECAYS, mask=s < first, other=0.0).to(tl.float64)
+        lost = tl.sum(waits, 0) + c - tl.cumsum(gone, 0)
+    w = lost.to(tl.float32)
+    source = offset + i - lag
+    if enter is not None:
+        inside = (source >= 0) & (i < T)
+        w += tl.load(enter + (row * (offset + T) + source) * ENTERS + head * ENTERS // HS, mask=inside, other=0.0)
+    if allowed is not None:
+        w = tl.where(tl.load(allowed + row * T + i, mask=i < T, other=0) != 0, w, NEG_INF)
+    else:
+        w = tl.where(i >= lag + skip, w, NEG_INF)
+    place = bh.to(tl.int64) * T + i
+    tl.store(sums + place, c.to(tl.float32) * LOG2E, mask=i < T)
+    tl.store(weight + place, w * LOG2E, mask=i < T)
 
 
 @triton.jit(do_not_specialize=["T", "N", "shift"])
 def chunk_states(
-    x, values, decay, weight, document, maps, log_mass, delta, kv, norm, scale, carry,
-    xb, xt, xh, vb, vt, vh, map_heads, T, N, shift, G, HS, R,
-    D: tl.constexpr, F2: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, MAP: tl.constexpr, PACKED: tl.constexpr, QUERY: tl.constexpr, WIDTH: tl.constexpr,
+    k, v, sums, weight, document, maps, kv, norm, scale, carry, kb, kt, kh, vb, vt, vh, map_heads, T, N, shift, HS, R,
+    D: tl.constexpr, F: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, HALVES: tl.constexpr, MAP: tl.constexpr, SCALES: tl.constexpr, PACKED: tl.constexpr,
     TERMS: tl.constexpr, LOGITS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What a chunk adds to the state: sum_t exp(e - c_t + weight_t) phi_k(t) [v_t, 1].
-
-    QUERY: what it adds to the gradient of the state: sum_i exp(c_i - log_mass_i) phi_q(i) [dy_i, delta_i].
-    """
-    n, bh, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """What a chunk adds to the state: sum_t exp(e - c_t + weight_t) phi_k(t) [v_t, 1], and its decay `carry`."""
+    n, bh = tl.program_id(0), tl.program_id(1)
     row, head = (bh // HS).to(tl.int64), bh % HS
-    i, f = n * C + tl.arange(0, C), tl.arange(0, BF)
-    sums, total, enter = _gates(decay, weight, row, head, n, T, HS, C)
+    key, f = head // R, tl.arange(0, BF)
+    F2: tl.constexpr = F * HALVES
+    c, total, enter = _read_gates(sums, weight, bh, n, T, C)
     here, before, last = _documents(document, row, n, T, C, PACKED)
-    added = tl.zeros([BF, BV], tl.float32)
-    mass = tl.zeros([BF], tl.float32)
-    peak = tl.full([BF], NEG_INF, tl.float32)
-    for g in range(G):
-        if QUERY:
-            own = head * G + g
-            scalars = (row * T + i) * (HS * G) + own
-            lm = tl.load(log_mass + scalars, mask=i < T, other=NEG_INF)
-            part = tl.load(delta + scalars, mask=i < T, other=0.0)
-            exponent = tl.where((here == before) & (lm != NEG_INF), sums - _finite(lm), NEG_INF)
+    start = n * C - shift
+    value = _tokens(v + row * vb + key * vh, start, vt, T - shift, V, C, BV)
+    x = _tokens(k + row * kb + key * kh, start, kt, T - shift, D, C, BD)
+    high, low = _map(maps + (key % map_heads) * TERMS * D * F, D, F, BD, BF, MAP, TERMS)
+    z = _logits(x, high, low, MAP, LOGITS)
+    exponent = tl.where(here == last, total - c + enter, NEG_INF)
+    top = tl.max(exponent, 0)
+    at = bh.to(tl.int64) * N + n
+    for half in tl.static_range(HALVES):
+        place = half * F + f
+        if SCALES == 1:
+            features = _features(z, _finite(top) - exponent, half, F, BF, MAP)
         else:
-            own = head // R
-            part = tl.full([C], 1.0, tl.float32)
-            exponent = tl.where(here == last, total - sums + enter, NEG_INF)
-        start = n * C - shift
-        value = _tokens(values + row * vb + own * vh + block * BV, start, vt, T - shift, WIDTH, C, BV, False)
-        x_t = _tokens(x + row * xb + own * xh, start, xt, T - shift, D, C, BD, True)
-        logs = _columns(x_t, maps + (own % map_heads) * TERMS * D * F2, D, F2, BD, BF, MAP, LOGITS) + exponent[None, :]
-        top = tl.maximum(peak, tl.max(logs, 1))
-        rescale = tl.exp(peak - _finite(top))
-        features = tl.exp(logs - _finite(top)[:, None])
-        added = added * rescale[:, None] + _dot(features, value, OPERAND, PRECISION)
-        mass = mass * rescale + tl.sum(features * part[None, :], 1)
-        peak = top
-    base = bh.to(tl.int64) * N + n
-    _put_tokens(kv + base * F2 * V + block * BV, added, 0, V, F2, WIDTH, BF, BV, False)
-    if block == 0:
-        tl.store(norm + base * F2 + f, mass, mask=f < F2)
-        tl.store(scale + base * F2 + f, peak, mask=f < F2)
-        tl.store(carry + base, tl.where(before == last, total, NEG_INF))
+            logs = _signed(z, half, F, BF) + exponent[:, None]
+            peak = tl.max(logs, 0)
+            features = tl.exp2(logs - _finite(peak)[None, :])
+            tl.store(scale + at * F2 + place, peak, mask=f < F)
+        added = _dot(tl.trans(value), features, OPERAND, PRECISION)
+        _put_tokens(kv + at * F2 * V + half * F, added, 0, F2, V, F, BV, BF)
+        tl.store(norm + at * F2 + place, tl.sum(features, 0), mask=f < F)
+    if SCALES == 1:
+        tl.store(scale + at, top)
+    tl.store(carry + at, tl.where(before == last, total, NEG_INF))
 
 
 @triton.jit(do_not_specialize=["N"])
 def scan(
     kv, norm, scale, carry, kv_0, norm_0, scale_0, kv_n, norm_n, scale_n, to_kv, to_norm, to_scale,
-    old_kv, old_norm, old_scale, last_kv, last_norm, last_scale, products, N,
-    F2: tl.constexpr, V: tl.constexpr, SF: tl.constexpr, BV: tl.constexpr, START: tl.constexpr, REVERSE: tl.constexpr,
+    old_kv, old_norm, old_scale, through, N,
+    F2: tl.constexpr, V: tl.constexpr, SCALES: tl.constexpr, SV: tl.constexpr, SF: tl.constexpr, BF2: tl.constexpr,
+    START: tl.constexpr, REVERSE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """From what each chunk adds (kv, norm, scale) to the state before it (to_*), and the one at the end.
 
-    REVERSE: from the right, with the gradient of the state behind each chunk in the place of the state before it; also
-    `products`, that gradient times that state (old_*: the states before each chunk; last_*: behind the last). Never in
-    place: a vector has copies in several warps, and one would store before another has loaded.
+    REVERSE: from the right, with the gradient of the state behind each chunk in the place of the state before it; and
+    `through`, what passes through a chunk: that gradient times the decayed state before it (old_*), program by program.
+    A state that comes in or goes out (kv_0, kv_n) is [F2, V] with a scale for each feature; those between chunks are
+    [V, F2]. Never in place: a vector has copies in several warps, and one would store before another has loaded.
     """
-    bh, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    f, e = block * SF + tl.arange(0, SF), tl.arange(0, BV)
-    inside = (f < F2)[:, None] & (e < V)[None, :]
-    matrix, vector = f[:, None] * V + e[None, :], f
+    bh = tl.program_id(0).to(tl.int64)
+    e, f = tl.program_id(1) * SV + tl.arange(0, SV), tl.program_id(2) * SF + tl.arange(0, SF)
+    inside = (e < V)[:, None] & (f < F2)[None, :]
+    matrix, turned = e[:, None] * F2 + f[None, :], f[None, :] * V + e[:, None]
+    state = tl.zeros([SV, SF], tl.float32)
+    mass = tl.zeros([SF], tl.float32)
+    top = tl.full([SF] if SCALES > 1 else [], NEG_INF, tl.float32)
     if START:
-        state = tl.load(kv_0 + bh * F2 * V + matrix, mask=inside, other=0.0)
-        mass = tl.load(norm_0 + bh * F2 + vector, mask=f < F2, other=0.0)
-        top = tl.load(scale_0 + bh * F2 + vector, mask=f < F2, other=NEG_INF)
+        state = tl.load(kv_0 + bh * F2 * V + turned, mask=inside, other=0.0)
+        mass = tl.load(norm_0 + bh * F2 + f, mask=f < F2, other=0.0)
+        own = tl.load(scale_0 + bh * F2 + f, mask=f < F2, other=NEG_INF) * LOG2E
         if REVERSE:  # the gradient of exp(-scale) S
-            top = tl.where(top == NEG_INF, NEG_INF, -top)
-    else:
-        state = tl.zeros([SF, BV], tl.float32)
-        mass = tl.zeros([SF], tl.float32)
-        top = tl.full([SF], NEG_INF, tl.float32)
-    if REVERSE:
-        after = tl.load(last_kv + bh * F2 * V + matrix, mask=inside, other=0.0)
-        after_mass = tl.load(last_norm + bh * F2 + vector, mask=f < F2, other=0.0)
-        after_top = tl.load(last_scale + bh * F2 + vector, mask=f < F2, other=NEG_INF)
-    for step in range(N):
+            own = tl.where(own == NEG_INF, NEG_INF, -own)
+        if SCALES > 1:
+            top = own
+        else:
+            g = tl.arange(0, BF2)
+            each = tl.load(scale_0 + bh * F2 + g, mask=g < F2, other=NEG_INF) * LOG2E
+            if REVERSE:
+                each = tl.where(each == NEG_INF, NEG_INF, -each)
+            top = tl.max(each, 0)
+            rescale = tl.exp2(own - _finite(top))
+            state, mass = state * rescale[None, :], mass * rescale
+    for step in tl.range(N, num_stages=STAGES):  # loads run ahead, or each step would wait for memory
         n = N - 1 - step if REVERSE else step
         at = bh * N + n
-        add = tl.load(kv + at * F2 * V + matrix, mask=inside, other=0.0)
-        add_mass = tl.load(norm + at * F2 + vector, mask=f < F2, other=0.0)
-        add_top = tl.load(scale + at * F2 + vector, mask=f < F2, other=NEG_INF)
-        kept = top + tl.load(carry + at)
+        add = tl.load(kv + at * F2 * V + matrix, mask=inside, other=0.0).to(tl.float32)
+        add_mass = tl.load(norm + at * F2 + f, mask=f < F2, other=0.0)
+        decay = tl.load(carry + at)
+        if SCALES > 1:
+            add_top = tl.load(scale + at * SCALES + f, mask=f < F2, other=NEG_INF)
+        else:
+            add_top = tl.load(scale + at)
         tl.store(to_kv + at * F2 * V + matrix, state.to(to_kv.dtype.element_ty), mask=inside)
-        tl.store(to_norm + at * F2 + vector, mass, mask=f < F2)
-        tl.store(to_scale + at * F2 + vector, top, mask=f < F2)
+        if tl.program_id(1) == 0:
+            tl.store(to_norm + at * F2 + f, mass, mask=f < F2)
+            if SCALES > 1:
+                tl.store(to_scale + at * SCALES + f, top, mask=f < F2)
+            else:
+                tl.store(to_scale + at, top)
         if REVERSE:
-            product = tl.sum(state * after, 1) + mass * after_mass
-            product = tl.where((top == NEG_INF) | (after_top == NEG_INF), 0.0, product * tl.exp(top + after_top))
-            tl.store(products + at * tl.num_programs(1) + block, tl.sum(product, 0))
-            after = tl.load(old_kv + at * F2 * V + matrix, mask=inside, other=0.0).to(tl.float32)
-            after_mass = tl.load(old_norm + at * F2 + vector, mask=f < F2, other=0.0)
-            after_top = tl.load(old_scale + at * F2 + vector, mask=f < F2, other=NEG_INF)
+            old = tl.load(old_kv + at * F2 * V + matrix, mask=inside, other=0.0).to(tl.float32)
+            passing = tl.sum(state * old, 0)
+            if tl.program_id(1) == 0:
+                passing += mass * tl.load(old_norm + at * F2 + f, mask=f < F2, other=0.0)
+            if SCALES > 1:
+                old_top = tl.load(old_scale + at * SCALES + f, mask=f < F2, other=NEG_INF)
+            else:
+                old_top = tl.load(old_scale + at)
+            passing *= tl.exp2(tl.minimum(top + old_top + decay, LARGEST))
+            programs = tl.num_programs(1) * tl.num_programs(2)
+            place = at * programs + tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)
+            tl.store(through + place, tl.sum(passing, 0))
+        kept = top + decay
         top = tl.maximum(kept, add_top)
-        old, new = tl.exp(kept - _finite(top)), tl.exp(add_top - _finite(top))
-        state = old[:, None] * state + new[:, None] * add
-        mass = old * mass + new * add_mass
-    if REVERSE:  # of exp(-scale) S at the start
-        change = tl.where((top == NEG_INF) | (after_top == NEG_INF), 0.0, tl.exp(top + after_top))
-        state, mass = state * change[:, None], mass * change
-    tl.store(kv_n + bh * F2 * V + matrix, state, mask=inside)
-    tl.store(norm_n + bh * F2 + vector, mass, mask=f < F2)
-    tl.store(scale_n + bh * F2 + vector, top, mask=f < F2)
+        before, new = tl.exp2(kept - _finite(top)), tl.exp2(add_top - _finite(top))
+        if SCALES > 1:
+            state = before[None, :] * state + new[None, :] * add
+        else:
+            state = before * state + new * add
+        mass = before * mass + new * add_mass
+    tl.store(kv_n + bh * F2 * V + turned, state, mask=inside)
+    if tl.program_id(1) == 0:
+        tl.store(norm_n + bh * F2 + f, mass, mask=f < F2)
+        tl.store(scale_n + bh * F2 + f, tl.zeros([SF], tl.float32) + top * LN2, mask=f < F2)
 
 
 @triton.jit(do_not_specialize=["T", "N", "shift"])
 def outputs(
-    q, k, v, decay, weight, document, query_maps, key_maps, kv, norm, scale, y, log_mass,
+    q, k, v, sums, weight, document, query_maps, key_maps, kv, norm, scale, near_y, near_mass, log_scale, y, log_mass,
     qb, qt, qh, kb, kt, kh, vb, vt, vh, query_map_heads, key_map_heads, T, N, shift, G, HS, R,
-    D: tl.constexpr, F2: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, MAP: tl.constexpr, PACKED: tl.constexpr, TERMS: tl.constexpr,
-    LOGITS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    D: tl.constexpr, F: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
+    C: tl.constexpr, HALVES: tl.constexpr, MAP: tl.constexpr, SCALES: tl.constexpr, PACKED: tl.constexpr,
+    TERMS: tl.constexpr, LOGITS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y and log_mass of a chunk, for the G query heads that share a state."""
+    """y and log_mass of a chunk, for the G query heads that share a state.
+
+    With near_y, near_mass (another branch's outputs): of both under one denominator, this branch's mass times
+    exp(log_scale).
+    """
     n, bh = tl.program_id(0), tl.program_id(1)
     row, head = (bh // HS).to(tl.int64), bh % HS
-    i, f, start = n * C + tl.arange(0, C), tl.arange(0, BF), n * C - shift
-    sums, _, enter = _gates(decay, weight, row, head, n, T, HS, C)
+    key, i, start = head // R, n * C + tl.arange(0, C), n * C - shift
+    F2: tl.constexpr = F * HALVES
+    c, _, enter = _read_gates(sums, weight, bh, n, T, C)
     here, before, _ = _documents(document, row, n, T, C, PACKED)
-    key = head // R
-    k_t = _tokens(k + row * kb + key * kh, start, kt, T - shift, D, C, BD, True)
-    logs_k = _columns(k_t, key_maps + (key % key_map_heads) * TERMS * D * F2, D, F2, BD, BF, MAP, LOGITS)
-    peak_k = _peak(logs_k, 0, MAP)
-    phi_k = tl.exp(logs_k - peak_k[None, :])
-    value = _tokens(v + row * vb + key * vh, start, vt, T - shift, V, C, BV, False)
-    base = bh.to(tl.int64) * N + n
-    memory = _matrix(kv + base * F2 * V, F2, V, BF, BV, False)
-    memory_mass = tl.load(norm + base * F2 + f, mask=f < F2, other=0.0)
-    memory_scale = tl.load(scale + base * F2 + f, mask=f < F2, other=NEG_INF)
+    x = _tokens(k + row * kb + key * kh, start, kt, T - shift, D, C, BD)
+    high, low = _map(key_maps + (key % key_map_heads) * TERMS * D * F, D, F, BD, BF, MAP, TERMS)
+    z = _logits(x, high, low, MAP, LOGITS)
+    peak = _peak(z, F, BF, C, MAP)
+    keys = enter + peak - c
+    value = _tokens(v + row * vb + key * vh, start, vt, T - shift, V, C, BV)
+    at = bh.to(tl.int64) * N + n
+    # operands that all heads share, made once
+    first_k = _operand(_features(z, peak, 0, F, BF, MAP), OPERAND)
+    second_k = _operand(_features(z, peak, HALVES - 1, F, BF, MAP), OPERAND)
+    first_memory, first_mass = _state_operands(kv, norm, at, 0, F, F2, V, BF, BV, OPERAND, 1)
+    second_memory, second_mass = _state_operands(kv, norm, at, HALVES - 1, F, F2, V, BF, BV, OPERAND, 1)
+    top = tl.max(_pairs(c, keys, here, C, PACKED), 1)
+    reads = tl.where(here == before, c, NEG_INF)
+    if SCALES == 1:
+        reads += tl.load(scale + at)
+        top = tl.maximum(top, reads)
+    top = _finite(top)
     for g in range(G):
         own = head * G + g
-        tile = _tokens(q + row * qb + own * qh, n * C, qt, T, D, C, BD, False)
-        logs_q = _rows(tile, query_maps + (own % query_map_heads) * TERMS * D * F2, D, F2, BD, BF, MAP, LOGITS)
-        peak_q = _peak(logs_q, 1, MAP)
-        product = _dot(tl.exp(logs_q - peak_q[:, None]), phi_k, OPERAND, PRECISION)
-        score = _pairs(sums, enter, here, peak_q, peak_k, C)
-        score = tl.where(product > 0, score + tl.log(tl.where(product > 0, product, 1.0)), NEG_INF)
-        read = logs_q + memory_scale[None, :] + tl.where(here == before, sums, NEG_INF)[:, None]
-        top = _finite(tl.maximum(tl.max(score, 1), tl.max(read, 1)))
-        score, read = tl.exp(score - top[:, None]), tl.exp(read - top[:, None])
-        mass = tl.sum(score, 1) + tl.sum(read * memory_mass[None, :], 1)
-        sums_v = _dot(score, value, OPERAND, PRECISION) + _dot(read, memory, OPERAND, PRECISION)
-        empty = mass == 0
-        mass = tl.where(empty, 1.0, mass)
-        result = tl.where(empty[:, None], 0.0, sums_v / mass[:, None])
-        _put_tokens(y + row * T * (HS * G * V) + own * V, result, n * C, HS * G * V, T, V, C, BV, False)
-        lm = tl.where(empty, NEG_INF, tl.log(mass) + top)
-        tl.store(log_mass + (row * T + i) * (HS * G) + own, lm, mask=i < T)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def deltas(y, d_y, log_mass, d_log_mass, delta, rows, V: tl.constexpr, BV: tl.constexpr, ROWS: tl.constexpr):
-    """d_log_mass - dy.y: what every weight of a query gains by its mass."""
-    start = tl.program_id(0) * ROWS
-    r = start + tl.arange(0, ROWS)
-    out = _tokens(y, start, V, rows, V, ROWS, BV, False).to(tl.float32)
-    slope = _tokens(d_y, start, V, rows, V, ROWS, BV, False).to(tl.float32)
-    own = tl.load(d_log_mass + r, mask=r < rows, other=0.0) - tl.sum(out * slope, 1)
-    lm = tl.load(log_mass + r, mask=r < rows, other=NEG_INF)
-    tl.store(delta + r, tl.where(lm == NEG_INF, 0.0, own), mask=r < rows)
-
-
-@triton.jit(do_not_specialize=["T", "N", "shift", "span"])
-def query_gradients(
-    q, k, v, decay, weight, document, query_maps, key_maps, kv, norm, scale, d_y, log_mass, delta, d_q, d_maps, sides,
-    qb, qt, qh, kb, kt, kh, vb, vt, vh, query_map_heads, key_map_heads, T, N, shift, span, G, HS, R,
-    D: tl.constexpr, F2: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, MAP: tl.constexpr, PACKED: tl.constexpr, TERMS: tl.constexpr,
-    LOGITS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """d_q, this program's part of the query map's gradient, and `sides`: d_log phi_q summed over the features."""
-    part, bh = tl.program_id(0), tl.program_id(1)
-    row, own = (bh // (HS * G)).to(tl.int64), bh % (HS * G)
-    head = own // G
-    key = head // R
-    f = tl.arange(0, BF)
-    map_q = query_maps + (own % query_map_heads) * TERMS * D * F2
-    map_k = key_maps + (key % key_map_heads) * TERMS * D * F2
-    d_map = tl.zeros([BD, BF], tl.float32)
-    for n in range(part * span, tl.minimum(part * span + span, N)):
-        i = n * C + tl.arange(0, C)
-        sums, _, enter = _gates(decay, weight, row, head, n, T, HS, C)
-        here, before, _ = _documents(document, row, n, T, C, PACKED)
-        scalars = (row * T + i) * (HS * G) + own
-        lm = tl.load(log_mass + scalars, mask=i < T, other=NEG_INF)
-        gain = tl.load(delta + scalars, mask=i < T, other=0.0)
-        lm = tl.where(lm == NEG_INF, float("inf"), lm)
-        start = n * C - shift
-        slope = _tokens(d_y + row * T * (HS * G * V) + own * V, n * C, HS * G * V, T, V, C, BV, False)
-        v_t = _tokens(v + row * vb + key * vh, start, vt, T - shift, V, C, BV, True)
-        tile = _tokens(q + row * qb + own * qh, n * C, qt, T, D, C, BD, False)
-        logs_q = _rows(tile, map_q, D, F2, BD, BF, MAP, LOGITS)
-        tile = _tokens(k + row * kb + key * kh, start, kt, T - shift, D, C, BD, False)
-        logs_k = _rows(tile, map_k, D, F2, BD, BF, MAP, LOGITS)
-        peak_q, peak_k = _peak(logs_q, 1, MAP), _peak(logs_k, 1, MAP)
-        pairs = tl.exp(tl.minimum(_pairs(sums, enter, here, peak_q - lm, peak_k, C), LARGEST))
-        pairs *= _dot(slope, v_t, OPERAND, PRECISION) + gain[:, None]
-        gradient = _dot(pairs, tl.exp(logs_k - peak_k[:, None]), OPERAND, PRECISION)
-        gradient *= tl.exp(logs_q - peak_q[:, None])
-        base = bh.to(tl.int64) // G * N + n
-        memory_t = _matrix(kv + base * F2 * V, F2, V, BF, BV, True)
-        memory_mass = tl.load(norm + base * F2 + f, mask=f < F2, other=0.0)
-        memory_scale = tl.load(scale + base * F2 + f, mask=f < F2, other=NEG_INF)
-        read = tl.exp(logs_q + memory_scale[None, :] + (tl.where(here == before, sums, NEG_INF) - lm)[:, None])
-        gradient += read * (_dot(slope, memory_t, OPERAND, PRECISION) + gain[:, None] * memory_mass[None, :])
-        tl.store(sides + scalars, tl.sum(gradient, 1), mask=i < T)
-        if MAP == "none":
-            result = gradient
+        place = (row * T + i) * (HS * G) + own
+        x = _tokens(q + row * qb + own * qh, n * C, qt, T, D, C, BD)
+        high, low = _map(query_maps + (own % query_map_heads) * TERMS * D * F, D, F, BD, BF, MAP, TERMS)
+        if near_y is not None:  # read early: nothing may be read past a product that is waited for
+            near = tl.load(near_mass + place, mask=i < T, other=NEG_INF) * LOG2E
+            add = _tokens(near_y + row * T * (HS * G * V) + own * V, n * C, HS * G * V, T, V, C, BV)
+            shift_by = tl.zeros([C], tl.float32)
+            if log_scale is not None:
+                shift_by = tl.load(log_scale + place, mask=i < T, other=0.0) * LOG2E
+        z = _logits(x, high, low, MAP, LOGITS)
+        peak = _peak(z, F, BF, C, MAP)
+        base = top + peak  # what this row is relative to
+        first = _operand(_features(z, peak, 0, F, BF, MAP), OPERAND)
+        score = _dot_turned(first, first_k, OPERAND, PRECISION)
+        second = first
+        if HALVES == 2:
+            second = _operand(_features(z, peak, 1, F, BF, MAP), OPERAND)
+            score += _dot_turned(second, second_k, OPERAND, PRECISION)
+        read = reads - base
+        if SCALES == 1:
+            read = tl.exp2(read)
         else:
-            gradient = _logits_gradient(gradient, logs_q, 1, F2, BF, MAP)
-            result = _dot(gradient, _matrix(map_q, D, F2, BD, BF, True), OPERAND, PRECISION)
-            q_t = _tokens(q + row * qb + own * qh, n * C, qt, T, D, C, BD, True)
-            d_map += _dot(q_t, gradient, OPERAND, PRECISION)
-        _put_tokens(d_q + row * T * (HS * G * D) + own * D, result, n * C, HS * G * D, T, D, C, BD, False)
-    if MAP != "none":
-        d_maps += (part * tl.num_programs(1) + bh).to(tl.int64) * D * F2
-        _put_tokens(d_maps, d_map, 0, F2, D, F2, BD, BF, False)
-
-
-@triton.jit(do_not_specialize=["T", "N", "shift", "span"])
-def key_gradients(
-    q, k, v, decay, weight, document, query_maps, key_maps, d_kv, d_norm, d_scale, d_y, log_mass, delta, sides,
-    products, d_k, d_v, d_maps, d_decay, d_weight,
-    qb, qt, qh, kb, kt, kh, vb, vt, vh, query_map_heads, key_map_heads, T, N, shift, span, G, HS, R,
-    D: tl.constexpr, F2: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
-    C: tl.constexpr, MAP: tl.constexpr, PACKED: tl.constexpr, TERMS: tl.constexpr,
-    LOGITS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """d_k and d_v per head of the state, the gates' gradients, and this program's part of the key map's."""
-    part, bh = tl.program_id(0), tl.program_id(1)
-    row, head = (bh // HS).to(tl.int64), bh % HS
-    key = head // R
-    f = tl.arange(0, BF)
-    map_k = key_maps + (key % key_map_heads) * TERMS * D * F2
-    d_map = tl.zeros([BF, BD], tl.float32)
-    for n in range(part * span, tl.minimum(part * span + span, N)):
-        i = n * C + tl.arange(0, C)
-        sums, total, enter = _gates(decay, weight, row, head, n, T, HS, C)
-        here, _, last = _documents(document, row, n, T, C, PACKED)
-        start = n * C - shift
-        v_t = _tokens(v + row * vb + key * vh, start, vt, T - shift, V, C, BV, True)
-        k_t = _tokens(k + row * kb + key * kh, start, kt, T - shift, D, C, BD, True)
-        logs_k = _columns(k_t, map_k, D, F2, BD, BF, MAP, LOGITS)
-        peak_k = _peak(logs_k, 0, MAP)
-        phi_k = tl.exp(logs_k - peak_k[None, :])
-        gradient = tl.zeros([BF, C], tl.float32)
-        d_value = tl.zeros([BV, C], tl.float32)
-        side = tl.zeros([C], tl.float32)
-        for g in range(G):
-            own = head * G + g
-            scalars = (row * T + i) * (HS * G) + own
-            lm = tl.load(log_mass + scalars, mask=i < T, other=NEG_INF)
-            gain = tl.load(delta + scalars, mask=i < T, other=0.0)
-            side += tl.load(sides + scalars, mask=i < T, other=0.0)
-            lm = tl.where(lm == NEG_INF, float("inf"), lm)
-            slopes, heads = d_y + row * T * (HS * G * V) + own * V, HS * G * V
-            queries, maps = q + row * qb + own * qh, query_maps + (own % query_map_heads) * TERMS * D * F2
-            logs_q = _rows(_tokens(queries, n * C, qt, T, D, C, BD, False), maps, D, F2, BD, BF, MAP, LOGITS)
-            peak_q = _peak(logs_q, 1, MAP)
-            pairs = tl.exp(tl.minimum(_pairs(sums, enter, here, peak_q - lm, peak_k, C), LARGEST))
-            product = _dot(tl.exp(logs_q - peak_q[:, None]), phi_k, OPERAND, PRECISION)
-            slope_t = _tokens(slopes, n * C, heads, T, V, C, BV, True)
-            d_value += _dot(slope_t, pairs * product, OPERAND, PRECISION)
-            slope = _tokens(slopes, n * C, heads, T, V, C, BV, False)
-            pairs *= _dot(slope, v_t, OPERAND, PRECISION) + gain[:, None]
-            logs_qt = _columns(_tokens(queries, n * C, qt, T, D, C, BD, True), maps, D, F2, BD, BF, MAP, LOGITS)
-            phi_q = tl.exp(logs_qt - _peak(logs_qt, 0, MAP)[None, :])
-            gradient += _dot(phi_q, pairs, OPERAND, PRECISION)
-        gradient *= phi_k
-        base = bh.to(tl.int64) * N + n
-        memory = _matrix(d_kv + base * F2 * V, F2, V, BF, BV, False)
-        memory_t = _matrix(d_kv + base * F2 * V, F2, V, BF, BV, True)
-        memory_mass = tl.load(d_norm + base * F2 + f, mask=f < F2, other=0.0)
-        memory_scale = tl.load(d_scale + base * F2 + f, mask=f < F2, other=NEG_INF)
-        leaves = tl.where(here == last, total - sums + enter, NEG_INF)
-        leaves = tl.exp(logs_k + memory_scale[:, None] + leaves[None, :])
-        gradient += leaves * (_dot(memory, v_t, OPERAND, PRECISION) + memory_mass[:, None])
-        d_value += _dot(memory_t, leaves, OPERAND, PRECISION)
-        own_side = tl.sum(gradient, 0)
-        offsets = (row * T + i) * HS + head
-        tl.store(d_weight + offsets, own_side, mask=i < T)
-        later = tl.cumsum(tl.where(i < T, side - own_side, 0.0), 0, reverse=True)
-        tl.store(d_decay + offsets, later + tl.load(products + base), mask=i < T)
-        if MAP == "none":
-            result = gradient
+            size = _scale(scale, at, 0, F, BF, SCALES)
+            other = _scale(scale, at, HALVES - 1, F, BF, SCALES)
+            base = tl.maximum(base, tl.max(_signed(z, 0, F, BF) + size[None, :], 1) + reads)
+            if HALVES == 2:
+                base = tl.maximum(base, tl.max(_signed(z, 1, F, BF) + other[None, :], 1) + reads)
+            first = tl.exp2(_signed(z, 0, F, BF) + size[None, :] + (reads - base)[:, None])
+            second = tl.exp2(_signed(z, HALVES - 1, F, BF) + other[None, :] + (reads - base)[:, None])
+        score *= tl.exp2(_pairs(c + peak - base, keys, here, C, PACKED))
+        mass = tl.sum(score, 1)
+        score = _operand(score, OPERAND)
+        if OPERAND != "bf16":  # shared memory cannot hold both over the loop
+            first_memory, first_mass = _state_operands(kv, norm, at, 0, F, F2, V, BF, BV, OPERAND, 1)
+            second_memory, second_mass = _state_operands(kv, norm, at, HALVES - 1, F, F2, V, BF, BV, OPERAND, 1)
+        masses = _dot_turned(first, first_mass, OPERAND, PRECISION)
+        total = _dot_turned(first, first_memory, OPERAND, PRECISION)
+        if HALVES == 2:
+            masses += _dot_turned(second, second_mass, OPERAND, PRECISION)
+            total += _dot_turned(second, second_memory, OPERAND, PRECISION)
+        if SCALES == 1:
+            total *= read[:, None]
+            mass += tl.sum(masses, 1) * read
         else:
-            gradient = _logits_gradient(gradient, logs_k, 0, F2, BF, MAP)
-            result = _dot(_matrix(map_k, D, F2, BD, BF, False), gradient, OPERAND, PRECISION)
-            rows_k = _tokens(k + row * kb + key * kh, start, kt, T - shift, D, C, BD, False)
-            d_map += _dot(gradient, rows_k, OPERAND, PRECISION)
-        own_k, own_v = d_k + row * T * HS * D, d_v + row * T * HS * V
-        _put_tokens(own_k + head * D, result, start, HS * D, T - shift, D, C, BD, True)
-        _put_tokens(own_v + head * V, d_value, start, HS * V, T - shift, V, C, BV, True)
-    if MAP != "none":
-        d_maps += (part * tl.num_programs(1) + bh).to(tl.int64) * D * F2
-        _put_tokens(d_maps, d_map, 0, F2, D, F2, BD, BF, True)
-
-
-INTERPRETED = not isinstance(outputs, triton.JITFunction)
-"""Whether TRITON_INTERPRET=1 was set: the kernels then run on CPU tensors, slowly."""
+            mass += tl.sum(masses, 1)
+        total += _dot(score, value, OPERAND, PRECISION)
+        share = tl.zeros([C], tl.float32)
+        if near_y is not None:
+            base += shift_by
+            some = mass > 0
+            peak = _finite(tl.maximum(near, tl.where(some, base + tl.log2(tl.where(some, mass, 1.0)), NEG_INF)))
+            share, far = tl.exp2(near - peak), tl.where(some, tl.exp2(base - peak), 0.0)
+            total *= far[:, None]
+            mass, base = mass * far + share, peak
+        inverse = tl.where(mass == 0, 0.0, 1.0 / tl.where(mass == 0, 1.0, mass))
+        if near_y is not None:
+            total += add.to(tl.float32) * share[:, None]
+        _put_tokens(y + row * T * (HS * G * V) + own * V, total * inverse[:, None], n * C, HS * G * V, T, V, C, BV)
+        log_total = tl.where(mass == 0, NEG_INF, (tl.log2(tl.where(mass == 0, 1.0, mass)) + base) * LN2)
+        tl.store(log_mass + place, log_total, mask=i < T)

@@ -1,0 +1,141 @@
+"""Hybrid attention: a window for what is near, gated linear attention for what is far, one denominator (LoLCATs).
+
+y_i = (sum_{t in S_i} e^{s_it} v_t + e^{c_i} sum_{t in F_i} w_it v_t) / (sum_{t in S_i} e^{s_it} + e^{c_i} sum w_it)
+with S and s of `lizardzoo.kernels.window` (sinks are in its sum), F and w of `lizardzoo.kernels.gated_linear`, and
+c = log_scale. What the two ops and `lizardzoo.kernels.merge.joint` compute, in one pass over the tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from lizardzoo.errors import LizardzooError
+from lizardzoo.kernels.dispatch import Impl, check_token_flags, implementation
+from lizardzoo.kernels.features import FeatureMap
+from lizardzoo.kernels.gated_linear import check_arguments as check_linear
+from lizardzoo.kernels.hybrid import reference
+from lizardzoo.kernels.hybrid.state import HybridState, share
+from lizardzoo.kernels.state import check_in_place
+from lizardzoo.kernels.window import check_arguments as check_window
+
+__all__ = ["HybridState", "hybrid_attention", "hybrid_attention_step", "share"]
+
+OP = "hybrid_attention"
+
+
+def hybrid_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None = None,
+    *,
+    rotated: tuple[Tensor, Tensor],
+    log_input: Tensor | None = None,
+    log_scale: Tensor | None = None,
+    feature_map: FeatureMap | None = None,
+    window: int,
+    keep: int = 0,
+    lag: int,
+    skip: int = 0,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    starts: Tensor | None = None,
+    state: HybridState | None = None,
+    return_state: bool = True,
+    impl: Impl | str = Impl.AUTO,
+) -> tuple[Tensor, Tensor, HybridState | None]:
+    """Attend to what is near and to what is far.
+
+    Args:
+        q, k, v: [B, T, H, D], [B, T, Hkv, D], [B, T, Hkv, Dv], as the linear branch takes them.
+        rotated: q and k as the window takes them; the same tensors where both branches take the same.
+        log_decay, log_input, feature_map, lag, skip: of the linear branch; see `gated_linear_attention`. lag = window
+            and skip = keep make the branches disjoint, 0 and 0 let the linear one see everything.
+        log_scale: [B, T, H], added to the linear branch's log_mass; None = 0.
+        window, keep, sinks, scale: of the window; see `window_attention`.
+        mask, starts: [B, T] bool; see `lizardzoo.kernels`.
+        state: from an earlier call, to go on behind it.
+        return_state: False saves the work when nothing follows.
+
+    Returns:
+        y [B, T, H, Dv] in q's dtype, log_mass [B, T, H] (the log of the one denominator), and the state (None unless
+        wanted).
+
+    Raises:
+        LizardzooError: shapes, dtypes or sizes that do not fit.
+    """
+    _check(q, k, v, log_decay, rotated, log_input, log_scale, feature_map, window, keep, lag, skip, sinks, state)
+    check_token_flags(OP, q, mask=mask, starts=starts)
+    kernels = implementation(OP, impl, q.device, reference, _triton)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return kernels.chunked(
+        q, k, v, log_decay, rotated, log_input, log_scale, feature_map, window, keep, lag, skip, sinks, scale, mask,
+        starts, state, return_state,
+    )  # fmt: skip
+
+
+def hybrid_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    state: HybridState,
+    *,
+    rotated: tuple[Tensor, Tensor],
+    log_input: Tensor | None = None,
+    log_scale: Tensor | None = None,
+    feature_map: FeatureMap | None = None,
+    keep: int = 0,
+    skip: int = 0,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    in_place: bool = False,
+    impl: Impl | str = Impl.AUTO,
+) -> tuple[Tensor, Tensor, HybridState]:
+    """`hybrid_attention` of one token (T = 1) behind a state, which gives window and lag; same returns.
+
+    in_place: the tensors of the given state are overwritten, and it is the one returned; without gradients only.
+    """
+    window, lag = state.window.k.shape[1], state.linear.k.shape[1]
+    _check(q, k, v, log_decay, rotated, log_input, log_scale, feature_map, window, keep, lag, skip, sinks, state)
+    check_token_flags(OP, q, mask=mask)
+    check_in_place(OP, in_place)
+    if q.shape[1] != 1:
+        raise LizardzooError(f"{OP}: a step takes one token, got {q.shape[1]}; call hybrid_attention")
+    kernels = implementation(OP, impl, q.device, reference, _triton)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return kernels.step(
+        q, k, v, log_decay, rotated, log_input, log_scale, feature_map, keep, skip, sinks, scale, mask, state, in_place
+    )
+
+
+def _triton() -> Any:
+    from lizardzoo.kernels.hybrid import ops
+
+    return ops
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_decay: Tensor | None,
+    rotated: tuple[Tensor, Tensor],
+    log_input: Tensor | None,
+    log_scale: Tensor | None,
+    feature_map: FeatureMap | None,
+    window: int,
+    keep: int,
+    lag: int,
+    skip: int,
+    sinks: Tensor | None,
+    state: HybridState | None,
+) -> None:
+    check_linear(OP, q, k, v, log_decay, log_input, feature_map, lag, skip, state and state.linear)
+    check_window(OP, *rotated, v, window, keep, sinks, state and state.window)
+    if log_scale is not None and log_scale.shape != q.shape[:3]:
+        raise LizardzooError(f"{OP}: log_scale is {list(q.shape[:3])}, got {list(log_scale.shape)}")

@@ -1,0 +1,46 @@
+"""Launching a Triton kernel again without asking Triton which of its compiled forms is meant.
+
+Triton looks at every argument of every launch: with the 20 launches of a training step that costs more time on the host
+than the kernels take on the device. Here the caller says once what decides the form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FORMS: dict[tuple[Any, ...], Any] = {}
+
+
+def decisive(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """What a compiled form depends on: which tensors are there, dtypes, alignment, what Triton asks of the strides."""
+    return tuple(
+        x if x is None else (x.dtype, x.data_ptr() % 16 == 0, *((s == 1, s % 16 == 0, s >> 31) for s in x.stride()))
+        for x in tensors
+    )
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], form: tuple[Any, ...], arguments: tuple[Any, ...], constants: dict[str, Any],
+    **options: Any,
+) -> None:  # fmt: skip
+    """`kernel[grid](*arguments, **constants, **options)`.
+
+    Args:
+        form: all that decides the compiled form beside constants and options: `decisive` of the tensors that a caller
+            gave, and the value of every number that the kernel specializes. Tensors made here are aligned.
+        constants: the kernel's compile-time arguments, in its own order, behind all others.
+    """
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    key = (id(kernel), device, form, *constants.values(), *options.values())
+    compiled = _FORMS.get(key)
+    if compiled is None:
+        names = kernel.arg_names[len(arguments) :]
+        assert names == list(constants), f"compile-time arguments are {names}, got {list(constants)}"
+        compiled = kernel[grid](*arguments, **constants, **options)
+        if compiled is not None:  # Triton's interpreter compiles nothing
+            _FORMS[key] = compiled
+    else:
+        compiled[(*grid, 1, 1)[:3]](*arguments, *constants.values())
