@@ -1,205 +1,209 @@
-"""Verify, then time: one layer's attention, ours beside PyTorch's, forward, forward + backward and peak memory.
+"""Verify, then time: one layer's attention, ours beside softmax, flex_attention, fla and what can be composed of them.
 
-    python benchmarks/bench_attention.py [--shape 1b] [--out FOLDER]
+    python benchmarks/bench_attention.py                      # on a CUDA device: everything, about 15 minutes
+    python benchmarks/bench_attention.py --quick --peers none # the headline cases without compiling fla: a minute
+    python benchmarks/bench_attention.py --check              # on a CPU: the formulas and gradients only
+    python benchmarks/bench_attention.py --render FILE.json   # the tables and the picture of a run
 
-On a CUDA device (it refuses to time anything else). Each contender is first checked against float64 on a small input; a
-red check is printed and that contender is not timed. Figures are medians of device-event timings over fresh random bf16
-inputs, in one run, so that ratios count. Contenders: causal softmax (sdpa), a compiled windowed flex_attention, and
-lizardzoo's window, gated linear branch and recommended hybrid (projections and RoPE tables excluded for all).
+Each contender is first checked in bf16 against the same formula in float64, output and gradients; what is red is not
+timed. All figures are of one run on one device, so that ratios count. Written to --out: attention.json, .md, .png.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
-import statistics
+import math
+import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import decoding
 import torch
-import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from contenders import KEEP, SHAPES, WINDOW, Contender, Inputs, Shape, draw, ours
+from measure import machine, measure, verify
+from report import markdown, plot
 
-from lizardzoo.kernels import FeatureMap, gated_linear_attention, window_attention
-from lizardzoo.mixers import AttentionShape, Hybrid, MixerInputs
-
-WINDOW, KEEP = 128, 4
-SHAPES = {"1b": (32, 8, 64), "8b": (32, 8, 128), "smollm2": (9, 3, 64)}
-"""Query heads, key heads, head_dim."""
-LENGTHS = ((8, 2048), (1, 8192), (1, 32768))
+CASES = {
+    "1b": ((8, 1024), (8, 2048), (1, 8192), (1, 32768), (1, 131072)),
+    "8b": ((8, 1024), (4, 2048), (1, 8192), (1, 16384), (1, 32768)),
+    "smollm2": ((8, 1024), (8, 2048), (1, 8192), (1, 32768), (1, 131072)),
+}
 """Batch and tokens."""
-console = Console()
+QUICK = {"1b": ((8, 2048), (1, 32768)), "8b": ((4, 2048),), "smollm2": ((8, 2048),)}
+HEADLINES = ("1b", "8b")
+CHECKED = (2, 640)
+"""Of the inputs that a contender is checked on: five windows."""
 
 
-class Inputs(NamedTuple):
-    """bf16 q, k, v [B, T, heads, D] (rotated, for all), the layer's input x, and the gates' values."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    x: Tensor
-    log_decay: Tensor
-    log_input: Tensor
-
-
-def draw(shape: tuple[int, int, int], batch: int, length: int, dtype: torch.dtype, device: str) -> Inputs:
-    """Fresh random inputs."""
-    heads, kv_heads, dim = shape
-
-    def randn(*size: int) -> Tensor:
-        return torch.randn(batch, length, *size, device=device, dtype=dtype)
-
-    q, k, v = (randn(count, dim).requires_grad_() for count in (heads, kv_heads, kv_heads))
-    log_decay = F.logsigmoid(randn(kv_heads).float() + 5).requires_grad_()
-    return Inputs(q, k, v, randn(heads * dim).requires_grad_(), log_decay, randn(kv_heads).float().requires_grad_())
-
-
-def contenders(shape: tuple[int, int, int], device: str, dtype: torch.dtype) -> dict[str, Callable[[Inputs], Tensor]]:
-    """Name -> a function of the inputs that gives [B, T, H, D]."""
-    heads, kv_heads, dim = shape
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    eye = torch.eye(dim, device=device, dtype=wide)
-    maps = FeatureMap(
-        eye.expand(heads, -1, -1).clone().requires_grad_(),
-        eye.expand(kv_heads, -1, -1).clone().requires_grad_(),
-        "softmax",
-    )
-    hybrid = Hybrid(window=WINDOW, keep=KEEP).build(AttentionShape(heads * dim, heads, kv_heads, dim, dim**-0.5))
-    hybrid = hybrid.to(device=device, dtype=wide)
-
-    def sdpa(i: Inputs) -> Tensor:
-        q, k, v = (x.transpose(1, 2) for x in i[:3])
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-    def mixer(i: Inputs) -> Tensor:
-        zero = torch.zeros(1, i.q.shape[1], dim, device=device, dtype=dtype)
-        return hybrid(MixerInputs(i.q, i.k, i.v, i.x, zero + 1, zero))[0]
-
-    found: dict[str, Callable[[Inputs], Tensor]] = {
-        "sdpa (causal softmax)": sdpa,
-        "lizardzoo window": lambda i: window_attention(*i[:3], window=WINDOW, keep=KEEP, return_state=False)[0],
-        "lizardzoo window (triton)": lambda i: window_attention(
-            *i[:3], window=WINDOW, keep=KEEP, return_state=False, impl="triton" if device == "cuda" else "reference"
-        )[0],
-        "lizardzoo gated linear": lambda i: gated_linear_attention(
-            *i[:3], i.log_decay, log_input=i.log_input, feature_map=maps, lag=WINDOW, skip=KEEP, return_state=False
-        )[0],
-        "lizardzoo hybrid": mixer,
-    }
-    if device == "cuda":
-        found["flex window (compiled)"] = _flex()
-    return found
-
-
-def _flex() -> Callable[[Inputs], Tensor]:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    compiled = torch.compile(flex_attention, dynamic=False)
-    masks: dict[int, Any] = {}
-
-    def run(i: Inputs) -> Tensor:
-        length = i.q.shape[1]
-        if length not in masks:
-            masks[length] = create_block_mask(
-                lambda b, h, q, k: (q >= k) & (q - k < WINDOW), None, None, length, length, device="cuda"
-            )
-        q, k, v = (x.transpose(1, 2) for x in i[:3])
-        return compiled(q, k, v, block_mask=masks[length], enable_gqa=True).transpose(1, 2)
-
-    return run
-
-
-def verified(name: str, shape: tuple[int, int, int]) -> float:
-    """Relative error of the bf16 result on the device against the same function in float64 on the CPU."""
-    torch.manual_seed(0)
-    reference = "lizardzoo window" if name.startswith("flex") else name
-    exact = contenders(shape, "cpu", torch.float64)[reference]
-    inputs = draw(shape, 1, 300, torch.bfloat16, "cpu")
-    wide = Inputs(*(x.double() for x in inputs))
-    if name.startswith("flex"):
-        expected = window_attention(*wide[:3], window=WINDOW)[0]
-    else:
-        expected = exact(wide)
-    given = Inputs(*(x.detach().cuda().requires_grad_() for x in inputs))
-    actual = contenders(shape, "cuda", torch.bfloat16)[name](given)
-    return ((actual.double().cpu() - expected).norm() / expected.norm()).item()
-
-
-def timed(run: Callable[[], Any], repeats: int = 10) -> float:
-    """Median milliseconds."""
-    for _ in range(3):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def measure(run: Callable[[Inputs], Tensor], inputs: Inputs) -> dict[str, float]:
-    """Forward without gradients, forward + backward, and the extra memory of the latter in MiB."""
-    with torch.no_grad():
-        forward = timed(lambda: run(inputs))
-    gradient = torch.randn_like(inputs.q)
-
-    def both() -> None:
-        run(inputs).backward(gradient)
-
-    step = timed(both)
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    both()
-    torch.cuda.synchronize()
-    peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-    return {"forward ms": forward, "forward + backward ms": step, "peak MiB": peak}
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, action="append", help="default: all, or the headline ones")
+    parser.add_argument("--lengths", type=int, nargs="+", help="only the cases with so many tokens in a sequence")
+    parser.add_argument("--quick", action="store_true", help="only the headline cases")
+    parser.add_argument("--peers", choices=("full", "forward", "none"), default="full", help="fla compiles 2 minutes")
+    parser.add_argument("--impl", default="auto", help="of lizardzoo's kernels: auto, triton or reference")
+    parser.add_argument("--only", action="append", help="only contenders with this in their name")
+    parser.add_argument("--no-decode", dest="decode", action="store_false", help="no decoding steps")
+    parser.add_argument("--check", action="store_true", help="verify ours in plain PyTorch on the CPU, time nothing")
+    parser.add_argument("--render", type=Path, metavar="FILE.json", help="tables and picture of an earlier run")
+    parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for what is written")
+    return parser.parse_args()
 
 
 def main() -> None:
-    """Verify, time, print a table, write JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--shape", choices=SHAPES, action="append")
-    parser.add_argument("--out", type=Path, default=Path("out/bench"))
-    arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("bench_attention times kernels on a CUDA device, and torch finds none here")
-    results: list[dict[str, Any]] = []
-    for shape_name in arguments.shape or SHAPES:
-        shape = SHAPES[shape_name]
-        names = [n for n in contenders(shape, "cuda", torch.bfloat16) if _is_right(n, shape)]
-        for batch, length in LENGTHS:
-            table = Table("contender", "forward ms", "forward + backward ms", "peak MiB")
-            for name in names:
-                inputs = draw(shape, batch, length, torch.bfloat16, "cuda")
-                try:
-                    figures = measure(contenders(shape, "cuda", torch.bfloat16)[name], inputs)
-                except torch.OutOfMemoryError:
-                    table.add_row(name, "out of memory")
-                    continue
-                results.append({"shape": shape_name, "batch": batch, "length": length, "contender": name, **figures})
-                table.add_row(name, *(f"{value:.3g}" for value in figures.values()))
-            table.title = (
-                f"{shape_name}: {shape[0]} heads, {shape[1]} kv heads, head_dim {shape[2]}; B{batch} T{length}"
-            )
-            console.print(table)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    machine = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
-    (arguments.out / "attention.json").write_text(json.dumps({**machine, "results": results}, indent=2) + "\n")
-    console.print(f"{machine['device']}, torch {machine['torch']}; written: {arguments.out / 'attention.json'}")
+    """Verify, time, print, write."""
+    arguments = parse()
+    if arguments.render:
+        render(json.loads(arguments.render.read_text(encoding="utf-8")), arguments.render)
+    elif arguments.check:
+        check()
+    elif not torch.cuda.is_available():
+        raise SystemExit("bench_attention times kernels on a CUDA device, and torch finds none here; see --check")
+    else:
+        bench(arguments)
 
 
-def _is_right(name: str, shape: tuple[int, int, int]) -> bool:
-    error = verified(name, shape)
-    right = error < 2e-2  # bf16 outputs: between 1e-3 and 1e-2
-    console.print(f"{name}: relative error {error:.1e} against float64 {'' if right else '-> NOT TIMED'}")
-    return right
+def check() -> None:
+    """Ours by the reference kernels in bf16 on the CPU."""
+    torch.manual_seed(0)
+    contenders = ours("reference")
+    inputs = draw(Shape(4, 2, 16, 16), 2, 300, "cpu")
+    if len([verdict for verdict in verdicts(contenders, inputs, "full") if verdict["right"]]) < len(contenders):
+        raise SystemExit("not all are right")
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    """All cases of all shapes; the file is written after each, so that a run cut short leaves what it has."""
+    torch.manual_seed(0)
+    run: dict[str, Any] = {"machine": machine(), "window": WINDOW, "keep": KEEP}
+    run |= {"verified": [], "results": [], "decode": []}
+    print(run["machine"])
+    contenders = chosen(arguments)
+    for name in arguments.shape or (HEADLINES if arguments.quick else SHAPES):
+        shape = SHAPES[name]
+        found = verdicts(contenders, draw(shape, *CHECKED, "cuda"), arguments.peers)
+        run["verified"] += [{"shape": name, **verdict} for verdict in found]
+        for batch, tokens in cases(name, arguments):
+            for contender in [verdict["contender"] for verdict in found if verdict["right"]]:
+                figures = attempt(figures_of, contenders[contender], shape, batch, tokens, arguments.peers)
+                case = {"shape": name, "batch": batch, "tokens": tokens, "contender": contender}
+                run["results"].append(case | figures)
+                print(*case.values(), rounded(figures), flush=True)
+            save(run, arguments.out / "attention.json")
+    if arguments.decode:
+        run["decode"] += decode(arguments)
+    save(run, arguments.out / "attention.json")
+    render(run, arguments.out / "attention.json")
+
+
+def chosen(arguments: argparse.Namespace) -> dict[str, Contender]:
+    """The contenders that are wanted, softmax first and ours last."""
+    from peers import peers
+
+    contenders = ours(arguments.impl)
+    found = {"sdpa": contenders.pop("sdpa")} | peers() | contenders
+    return {
+        name: contender
+        for name, contender in found.items()
+        if not (arguments.peers == "none" and contender.tunes)
+        and (arguments.only is None or any(word in name for word in arguments.only))
+    }
+
+
+def cases(name: str, arguments: argparse.Namespace) -> list[tuple[int, int]]:
+    """Batch and tokens of what is timed."""
+    wanted = QUICK if arguments.quick else CASES
+    return [case for case in wanted[name] if arguments.lengths is None or case[1] in arguments.lengths]
+
+
+def verdicts(contenders: dict[str, Contender], inputs: Inputs, peers: str) -> list[dict[str, Any]]:
+    """Whether each contender's output and gradients are right; prints how much they differ from float64."""
+    return [
+        {"contender": name, **attempt(verdict_on, name, contender, inputs, peers)}
+        for name, contender in contenders.items()
+    ]
+
+
+def verdict_on(name: str, contender: Contender, inputs: Inputs, peers: str) -> dict[str, Any]:
+    """Right or not, and the errors."""
+    verdict = verify(contender, inputs, peers == "full" or not contender.tunes)
+    gradients = ", ".join(f"{key} {error:.1e}" for key, error in verdict.gradients.items())
+    print(f"{name}: output {verdict.output:.1e}; gradients {gradients or '-'}; first call {verdict.first_s:.1f} s")
+    if verdict.red:
+        print(f"  RED, not timed: {', '.join(verdict.red)}")
+    return {"right": not verdict.red, **verdict._asdict()}
+
+
+def figures_of(contender: Contender, shape: Shape, batch: int, tokens: int, peers: str) -> dict[str, Any]:
+    """Figures of one contender in one case."""
+    backward = peers == "full" or not contender.tunes
+    figures = measure(contender, draw(shape, batch, tokens, "cuda"), backward)
+    return figures | ({"note": contender.note} if contender.note and backward else {})
+
+
+def attempt(run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What it gives, or why it gives nothing: a contender that fails must not take the others' figures with it."""
+    try:
+        return run(*arguments)
+    except torch.OutOfMemoryError:
+        reason = "out of memory"
+    except Exception as error:  # noqa: BLE001  compilers raise what they like
+        reason = (str(error) or type(error).__name__).partition("\n")[0]
+        if not isinstance(error, ImportError):
+            traceback.print_exc()
+    finally:
+        torch.cuda.empty_cache()
+    print(f"{arguments[0] if isinstance(arguments[0], str) else run.__name__}: {reason}")
+    return {"right": False, "missing": reason}
+
+
+def decode(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Steps at the 1b shape: ours after short and long contexts, and the peers."""
+    shape, impl = SHAPES["1b"], arguments.impl
+    wanted: list[tuple[Any, ...]] = []
+    error = attempt(decoding.verify_step, shape, impl).get("error", math.inf)
+    print(f"decode, lizardzoo hybrid mixer: relative error {error:.1e} against float64")
+    if error < decoding.TOLERANCE:
+        steps = {"lizardzoo hybrid": decoding.kernel_step, "lizardzoo hybrid mixer": decoding.mixer_step}
+        wanted += [(name, c, step, shape, impl, c) for name, step in steps.items() for c in decoding.CONTEXTS]
+    if arguments.peers != "none":
+        wanted += [("fla recurrent step, features given", 0, decoding.fla_recurrent, shape)]
+    wanted += [("sdpa", context, decoding.cached_softmax, shape, context) for context in decoding.CACHES]
+    found = []
+    for contender, context, *call in wanted:
+        found.append({"shape": "1b", "contender": contender, "context": context, **attempt(*call)})
+        print("decode", rounded(found[-1]), flush=True)
+    return found
+
+
+def rounded(figures: dict[str, Any]) -> str:
+    """For the log."""
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in figures.items()
+        if value is not False
+    )
+
+
+def save(run: dict[str, Any], path: Path) -> None:
+    """The raw figures."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+
+
+def render(run: dict[str, Any], path: Path) -> None:
+    """Tables, and a picture where matplotlib is installed, beside the raw figures."""
+    tables = markdown(run)
+    path.with_suffix(".md").write_text(tables, encoding="utf-8")
+    print(tables)
+    if importlib.util.find_spec("matplotlib"):
+        plot(run, path.with_suffix(".png"))
+    else:
+        print(f"no matplotlib here: --render {path.name} draws the picture elsewhere")
 
 
 if __name__ == "__main__":

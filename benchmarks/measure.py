@@ -1,0 +1,145 @@
+"""Verify against float64, then time: what every figure of these benchmarks goes through."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from contenders import Contender, Function, Inputs
+from torch import Tensor
+
+TOLERANCE = 2e-2
+"""Relative error that bf16 may have; where plain PyTorch in bf16 itself has more than half of it, twice that."""
+REPEATS = 20
+
+
+class Verdict(NamedTuple):
+    """Relative errors against float64, of the output and by name of the gradients, and what red there is."""
+
+    output: float
+    gradients: dict[str, float]
+    red: list[str]
+    first_s: float
+    """Seconds of the first forward and backward: compiling and autotuning."""
+
+
+def relative_error(actual: Tensor, exact: Tensor, scale: float = 0.0) -> float:
+    """NaN where a number is not finite; `scale` is a floor for the norm that it is relative to."""
+    exact = exact.double()
+    norm = max(exact.norm().item(), scale, 1e-300)
+    return ((actual.double() - exact).norm() / norm).item()
+
+
+def results(function: Function, inputs: Inputs, backward: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output, and the gradients of a fixed random function of it."""
+    y = function.run(inputs)
+    if not backward:
+        return y.detach(), {}
+    generator = torch.Generator().manual_seed(1)
+    dy = torch.randn(y.shape, generator=generator).to(y)
+    learns = function.learns(inputs)
+    return y.detach(), dict(zip(learns, torch.autograd.grad(y, list(learns.values()), dy)))
+
+
+def verify(contender: Contender, inputs: Inputs, backward: bool = True) -> Verdict:
+    """Output and gradients in bf16 against the formula in float64 on the same numbers."""
+    start = time.perf_counter()
+    y, gradients = results(contender.make(inputs), inputs, backward)
+    if y.is_cuda:
+        torch.cuda.synchronize()
+    first = time.perf_counter() - start
+    wide = inputs.leaves(dtype=torch.float64)
+    exact_y, exact = results(contender.formula(wide), wide, backward)
+    plain_y, plain = results(contender.formula(inputs), inputs, backward)
+    # A gradient may cancel to nearly nothing: it is then compared with the size of the others.
+    scale = 1e-3 * max((gradient.norm().item() for gradient in exact.values()), default=0.0)
+    errors = {name: relative_error(gradients[name], exact[name], scale) for name in gradients}
+    allowed = {name: max(TOLERANCE, 2 * relative_error(plain[name], exact[name], scale)) for name in gradients}
+    error = relative_error(y, exact_y)
+    red = [] if error <= max(TOLERANCE, 2 * relative_error(plain_y, exact_y)) else ["output"]
+    if not contender.note:
+        red += [name for name in errors if not errors[name] <= allowed[name]]
+    return Verdict(error, errors, red, first)
+
+
+def timed(run: Callable[[], Any], repeats: int = REPEATS) -> float:
+    """Median milliseconds on the device, after a warm-up; short runs are repeated more often."""
+
+    def events(count: int) -> list[float]:
+        pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(count)]
+        for start, end in pairs:
+            start.record()
+            run()
+            end.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) for start, end in pairs]
+
+    warm = events(3)[-1]
+    return statistics.median(events(max(repeats, min(100, int(300 / max(warm, 1e-3))))))
+
+
+def measure(contender: Contender, inputs: Inputs, backward: bool = True) -> dict[str, float]:
+    """Milliseconds of a forward without gradients and of forward + backward, and what the latter adds to memory."""
+    function = contender.make(inputs)
+    learns = list(function.learns(inputs).values())
+    start = time.perf_counter()
+    with torch.no_grad():
+        gradient = torch.randn_like(function.run(inputs))
+        torch.cuda.synchronize()
+        first = time.perf_counter() - start
+        figures = {"forward ms": timed(lambda: function.run(inputs))}
+
+    def both() -> None:
+        torch.autograd.grad(function.run(inputs), learns, gradient)
+
+    if backward:
+        start = time.perf_counter()
+        both()
+        torch.cuda.synchronize()
+        first += time.perf_counter() - start
+        figures["forward + backward ms"] = timed(both)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        both()
+        torch.cuda.synchronize()
+        figures["peak MiB"] = (torch.cuda.max_memory_allocated() - before) / 2**20
+    return figures | {"first call s": first}
+
+
+def machine() -> dict[str, Any]:
+    """What the figures belong to: device, versions, and its two measured ceilings."""
+    properties = torch.cuda.get_device_properties(0)
+    packages = {"triton": "triton", "fla": "fla-core"}
+    versions = {name: _version(package) for name, package in packages.items()}
+    return {
+        "device": properties.name,
+        "memory GiB": round(properties.total_memory / 2**30, 1),
+        "torch": torch.__version__,
+        **{name: version for name, version in versions.items() if version},
+        "copy TB/s": round(_copy_rate() / 1e12, 2),
+        "bf16 TFLOP/s": round(_product_rate() / 1e12),
+    }
+
+
+def _copy_rate() -> float:
+    """Bytes read and written per second by a copy of 2 GiB."""
+    source = torch.randn(2**29, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / timed(lambda: target.copy_(source)) * 1e3
+
+
+def _product_rate() -> float:
+    """Operations per second of a matrix product in bf16."""
+    matrix = torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16)
+    return 2 * 8192**3 / timed(lambda: matrix @ matrix) * 1e3
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

@@ -1,0 +1,145 @@
+"""What a run's JSON says, as Markdown tables and as a picture. Needs no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+OURS, PEER, SOFTMAX = "lizardzoo hybrid", "composed peer", "sdpa"
+COLORS = {"sdpa": "0.4", "flex window": "tab:green", "fla branch": "tab:olive", "composed peer": "tab:red"}
+"""Ours take the blues."""
+
+
+def markdown(run: dict[str, Any]) -> str:
+    """All tables of a run."""
+    machine = run["machine"]
+    named = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton", "fla") if name in machine)
+    parts = [
+        f"{machine['device']} (copies at {machine['copy TB/s']} TB/s), {named}; bf16, window {run['window']}, "
+        f"{run['keep']} kept tokens. Milliseconds, medians of at least 20 runs on the device: forward / forward + "
+        f"backward. Against: how many times faster our hybrid is.",
+        _speed(run["results"]),
+        "Extra memory of one forward + backward, MiB:",
+        _table(run["results"], lambda entry: _number(entry.get("peak MiB"))),
+    ]
+    if run["verified"]:
+        parts += ["First forward + backward of a process (compiling, tuning), seconds:", _first(run["verified"])]
+    if run["decode"]:
+        parts += ["One decoding step of 16 sequences, from a CUDA graph:", _decode(run["decode"])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _speed(results: Sequence[dict[str, Any]]) -> str:
+    """Times, and how many times faster our hybrid is; a mark where gradients are not usable."""
+    notes = sorted({entry["note"] for entry in results if entry.get("note")})
+    marks = {note: "†" * (1 + index) for index, note in enumerate(notes)}
+
+    def cell(entry: dict[str, Any]) -> str:
+        if "missing" in entry:
+            return entry["missing"]
+        both = f"{_number(entry['forward ms'])} / {_number(entry.get('forward + backward ms'))}"
+        return both + (marks[entry["note"]] if entry.get("note") else "")
+
+    table = _table(results, cell, ratios=(PEER, SOFTMAX))
+    return "\n".join([table, *(f"\n{mark} {note}" for note, mark in marks.items())])
+
+
+def _table(results: Sequence[dict[str, Any]], cell: Any, ratios: Sequence[str] = ()) -> str:
+    contenders = list(dict.fromkeys(entry["contender"] for entry in results))
+    rows = []
+    for case in dict.fromkeys(map(_case, results)):
+        found = {entry["contender"]: entry for entry in results if _case(entry) == case}
+        cells = [cell(found[name]) if name in found else "" for name in contenders]
+        shape, batch, tokens = case
+        rows.append([f"{shape}, {batch} x {tokens:,}", *cells, *(_ratio(found, other) for other in ratios)])
+    return _rows(["", *contenders, *(f"hybrid against {other}" for other in ratios)], rows)
+
+
+def _case(entry: dict[str, Any]) -> tuple[str, int, int]:
+    return entry["shape"], entry["batch"], entry["tokens"]
+
+
+def _ratio(found: dict[str, dict[str, Any]], other: str) -> str:
+    """How many times faster ours is, forward and forward + backward."""
+    ours, theirs = found.get(OURS, {}), found.get(other, {})
+    times = ("forward ms", "forward + backward ms")
+    ratios = [f"{theirs[t] / ours[t]:.2f}x" if t in ours and t in theirs else "-" for t in times]
+    return " / ".join(ratios)
+
+
+def _first(verdicts: Sequence[dict[str, Any]]) -> str:
+    contenders = list(dict.fromkeys(verdict["contender"] for verdict in verdicts))
+    seconds = {(verdict["shape"], verdict["contender"]): verdict.get("first_s") for verdict in verdicts}
+    shapes = dict.fromkeys(verdict["shape"] for verdict in verdicts)
+    return _rows(["", *contenders], [[s, *(_number(seconds.get((s, name))) for name in contenders)] for s in shapes])
+
+
+def _decode(entries: Sequence[dict[str, Any]]) -> str:
+    rows = [
+        [entry["shape"], entry["contender"], f"{entry['context']:,}", f"{entry['ms'] * 1e3:.1f}", f"{entry['MiB']:.1f}"]
+        if "ms" in entry
+        else [entry["shape"], entry["contender"], f"{entry['context']:,}", entry["missing"], ""]
+        for entry in entries
+    ]
+    return _rows(["", "", "tokens before", "microseconds", "state MiB"], rows)
+
+
+def _rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _number(value: float | None) -> str:
+    """Three digits."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def plot(run: dict[str, Any], path: Path) -> None:
+    """Time per 1,000 tokens against the length, one row of panels per shape."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    times = ("forward ms", "forward + backward ms")
+    results = [entry for entry in run["results"] if times[0] in entry]
+    shapes = list(dict.fromkeys(entry["shape"] for entry in results))
+    figure, panels = pyplot.subplots(
+        len(shapes), 2, figsize=(11, 1 + 3.6 * len(shapes)), squeeze=False, sharex=True, layout="constrained"
+    )
+    for row, shape in zip(panels, shapes):
+        here = [entry for entry in results if entry["shape"] == shape]
+        for panel, key in zip(row, times):
+            panel.set(title=f"{shape}: {key.removesuffix(' ms')}", xscale="log", yscale="log")
+            _lines(panel, here, key)
+            panel.set_ylabel("microseconds per 1,000 tokens")
+    for panel in panels[-1]:
+        panel.set_xlabel("tokens in a sequence")
+    panels[0][1].legend(fontsize=8)
+    figure.suptitle(f"One layer's attention, {run['machine']['device']}, torch {run['machine']['torch']}, bf16")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _lines(panel: Any, results: Sequence[dict[str, Any]], key: str) -> None:
+    lengths = sorted({entry["tokens"] for entry in results})
+    blues = iter(["#9ecae1", "#6baed6", "#08306b", "#2171b5"])
+    for name in dict.fromkeys(entry["contender"] for entry in results):
+        color = COLORS.get(name) or next(blues, "tab:purple")
+        per_token = {
+            entry["tokens"]: 1e6 * entry[key] / (entry["batch"] * entry["tokens"])
+            for entry in results
+            if entry["contender"] == name and key in entry
+        }
+        label = f"{name} (wrong gradients)" if any(e["contender"] == name and e.get("note") for e in results) else name
+        panel.plot(
+            sorted(per_token), [per_token[tokens] for tokens in sorted(per_token)], marker="o", markersize=3,
+            color=color, label=label, linewidth=2.5 if name == OURS else 1.2,
+        )  # fmt: skip
+    panel.set_xticks(lengths, [f"{tokens // 1024}K" for tokens in lengths])
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)

@@ -1,0 +1,122 @@
+"""Choose the entries of a kernel's table of tile sizes by trying them: `python benchmarks/tune.py window --shape 1b`.
+
+A candidate that does not compile, needs more than the device has, or changes the result is left out. Prints the others
+by their time, the table's own entry among them: an entry is worth a change where it wins by more than the spread
+between two timings of that entry, which stand first and last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from contenders import SHAPES, Inputs, Maker, draw, window
+from measure import relative_error, timed
+from torch import Tensor
+
+Entry: TypeAlias = tuple[int, ...]
+TOLERANCE = 5e-3
+"""Relative difference to the default's result: another order of rounding in bf16."""
+
+
+class Trial(NamedTuple):
+    """One candidate: its milliseconds, or why it has none."""
+
+    entry: Entry
+    ms: float | None
+    reason: str = ""
+
+
+class Target(NamedTuple):
+    """A kernel's table, what runs it, whether in the backward, and the choices for each number of an entry."""
+
+    table: MutableMapping[Any, Any]
+    maker: Maker
+    backward: bool
+    choices: Sequence[Sequence[int]]
+
+
+def targets() -> dict[str, dict[str, Target]]:
+    """By op and kernel."""
+    from lizardzoo.kernels.window import ops as window_ops
+
+    tiles = ((32, 64, 128), (32, 64, 128), (4, 8), (2, 3))  # query rows, keys, warps, stages
+    return {
+        "window": {
+            kernel: Target(table, lambda i: window(i, "triton"), kernel != "forward", tiles)
+            for kernel, table in window_ops.TILES.items()
+        }
+    }
+
+
+def tune(
+    table: MutableMapping[Any, Any], key: Any, candidates: Iterable[Entry], run: Callable[[], Sequence[Tensor]]
+) -> list[Trial]:
+    """Every candidate for `table[key]`, the fastest first; `run` gives the tensors that must not change."""
+    default = table[key]
+    expected = [result.clone() for result in run()]
+    trials = []
+    try:
+        for entry in (default, *(c for c in candidates if c != default), default):
+            table[key] = entry
+            trials.append(_try(entry, expected, run))
+            print(*trials[-1], flush=True)
+    finally:
+        table[key] = default
+    return sorted(trials, key=lambda trial: (trial.ms is None, trial.ms))
+
+
+def _try(entry: Entry, expected: Sequence[Tensor], run: Callable[[], Sequence[Tensor]]) -> Trial:
+    try:
+        differences = [relative_error(a, b) for a, b in zip(run(), expected, strict=True)]
+        if not max(differences) <= TOLERANCE:
+            return Trial(entry, None, f"differs by {max(differences):.1e}")
+        return Trial(entry, timed(run))
+    except Exception as error:  # noqa: BLE001  a compiler raises what it likes
+        return Trial(entry, None, f"{type(error).__name__}: {str(error).partition(chr(10))[0][:100]}")
+
+
+def runner(target: Target, inputs: Inputs) -> Callable[[], Sequence[Tensor]]:
+    """The forward alone, or the backward alone behind a forward that was made once."""
+    function = target.maker(inputs)
+    if not target.backward:
+        return torch.no_grad()(lambda: [function.run(inputs)])
+    y = function.run(inputs)
+    dy, learns = torch.randn_like(y), list(function.learns(inputs).values())
+    return lambda: torch.autograd.grad(y, learns, dy, retain_graph=True)
+
+
+def main() -> None:
+    """Tune the tables of an op at a shape."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("op", choices=("window",))
+    parser.add_argument("--kernel", action="append", help="default: all of the op")
+    parser.add_argument("--shape", choices=SHAPES, default="1b")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("tune times kernels on a CUDA device, and torch finds none here")
+    shape, dtype = SHAPES[arguments.shape], getattr(torch, arguments.dtype)
+    torch.manual_seed(0)
+    inputs = draw(shape, arguments.batch, arguments.tokens, "cuda", dtype)
+    key = (inputs.q.element_size(), max(64, shape.head_dim, shape.feature_dim))
+    capability = ".".join(map(str, torch.cuda.get_device_capability()))
+    for kernel, target in targets()[arguments.op].items():
+        if arguments.kernel and kernel not in arguments.kernel:
+            continue
+        print(f"{arguments.op}, {kernel} {key}, {torch.cuda.get_device_name()} ({capability})")
+        trials = tune(target.table, key, itertools.product(*target.choices), runner(target, inputs))
+        default = target.table[key]
+        spread = " and ".join(f"{t.ms:.4f}" for t in trials if t.entry == default and t.ms is not None)
+        for trial in trials[:10]:
+            print(f"  {trial.entry}  {trial.ms:.4f} ms" if trial.ms is not None else f"  {trial.entry}  {trial.reason}")
+        print(f"  -> {trials[0].entry}; the table has {default}, at {spread}")
+
+
+if __name__ == "__main__":
+    main()
