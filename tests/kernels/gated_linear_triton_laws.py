@@ -1,4 +1,4 @@
-"""Laws of the Triton kernels of gated linear attention under Triton's interpreter; `test_gated_linear_triton.py` runs
+"""Laws of the Triton kernels of gated linear attention under Triton's interpreter; `test_triton.py` runs
 them in another process.
 
 The interpreter checks indices, masks and mathematics in fp32, not what a GPU makes of them. Chunks are of 4 slots, so

@@ -1,4 +1,4 @@
-"""Laws of fused hybrid attention under Triton's interpreter; `test_hybrid_triton.py` runs them in another process.
+"""Laws of fused hybrid attention under Triton's interpreter; `test_triton.py` runs them in another process.
 
 The interpreter checks indices, masks and mathematics in fp32, not what a GPU makes of them. The linear branch's chunks
 are of 4 slots, the window's tiles of 16.

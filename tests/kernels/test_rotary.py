@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -110,18 +104,3 @@ def test_wrong_input_is_one_clear_error() -> None:
 def test_triton_without_the_interpreter_is_one_clear_error_on_a_cpu() -> None:
     with pytest.raises(LizardzooError, match="triton needs CUDA tensors, got cpu"):
         rotate(*draw(), *tables(POSITIONS, 6), impl="triton")
-
-
-def test_the_laws_of_the_triton_kernel_hold_in_the_interpreter() -> None:
-    """In a process of their own: see test_window_triton.py."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    laws = Path(__file__).with_name("rotary_triton_laws.py")
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    for name in [name for name in environment if name.startswith(("PYTEST_", "COV_"))]:
-        del environment[name]
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(laws)],
-        cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr

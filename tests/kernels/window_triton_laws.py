@@ -1,4 +1,4 @@
-"""Laws of the Triton window kernels under Triton's interpreter; `test_window_triton.py` runs them in another process.
+"""Laws of the Triton window kernels under Triton's interpreter; `test_triton.py` runs them in another process.
 
 The interpreter checks indices, masks and mathematics in fp32, not what a GPU makes of them; tiles are of 16, so that
 these lengths have several.
