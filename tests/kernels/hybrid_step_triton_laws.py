@@ -1,4 +1,4 @@
-"""Laws of the fused decode step under Triton's interpreter; `test_hybrid_step_triton.py` runs them in another process.
+"""Laws of the fused decode step under Triton's interpreter; `test_triton.py` runs them in another process.
 
 The interpreter checks indices, masks and mathematics in fp32, and runs the programs one after the other: what races on
 a GPU it does not see.
