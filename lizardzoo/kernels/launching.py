@@ -1,7 +1,7 @@
 """Launching a Triton kernel again without asking Triton which of its compiled forms is meant.
 
-Triton looks at every argument of every launch: with the 20 launches of a training step that costs more time on the host
-than the kernels take on the device. Here the caller says once what decides the form.
+Triton looks at every argument of every launch, which takes longer than the launch itself; short sequences wait for the
+host. Here the caller says once what decides the form.
 """
 
 from __future__ import annotations
@@ -12,6 +12,21 @@ import torch
 from torch import Tensor
 
 _FORMS: dict[tuple[Any, ...], Any] = {}
+
+
+def power_of_2(n: int) -> int:
+    """The next one, at least 16: no product takes fewer."""
+    return max(16, 1 << (n - 1).bit_length())
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """x with its numbers side by side along the last axis, as kernels read them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def strides(*tensors: Tensor) -> tuple[int, ...]:
+    """Of the first three axes, as kernels take them."""
+    return tuple(stride for x in tensors for stride in x.stride()[:3])
 
 
 def decisive(*tensors: Tensor | None) -> tuple[Any, ...]:

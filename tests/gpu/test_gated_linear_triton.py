@@ -14,6 +14,7 @@ from lizardzoo.errors import LizardzooError
 from lizardzoo.kernels import FeatureMap, gated_linear_attention, gated_linear_attention_step
 from lizardzoo.kernels.gated_linear import init_state
 from tests.gpu import plain
+from tests.kernels.cases import poison
 
 pytestmark = pytest.mark.gpu
 
@@ -124,14 +125,7 @@ def assert_within_budget(inputs: Inputs, dtype: torch.dtype, **options: Any) -> 
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel forgets to write shows as NaN."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poisoned(x: Tensor) -> Tensor:
-        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(1)
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
+    poison(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lizardzoo.kernels import FeatureMap, gated_linear_attention, hybrid_attention, window_attention
 from tests.gpu import plain
+from tests.kernels.cases import poison
 
 pytestmark = pytest.mark.gpu
 LENGTHS = [1, 63, 64, 65, 127, 500, 2048, 4097]
@@ -25,15 +26,8 @@ GATES = ("log_decay", "log_input", "log_scale")
 
 @pytest.fixture(autouse=True)
 def _poisoned() -> Iterator[None]:
-    """Memory that a kernel forgets to write shows as NaN."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poisoned(x: Tensor) -> Tensor:
-        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(1)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
-        patch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
+    with pytest.MonkeyPatch.context() as patch:  # not the fixture: hypothesis refuses those of one test
+        poison(patch)
         yield
 
 

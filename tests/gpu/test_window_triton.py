@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lizardzoo.kernels import window_attention, window_attention_step
 from lizardzoo.kernels.window import init_state
-from tests.kernels.cases import assert_same_tokens
+from tests.kernels.cases import assert_same_tokens, poison
 
 pytestmark = pytest.mark.gpu
 LENGTHS = [1, 63, 64, 65, 127, 500, 2048, 4097]
@@ -109,14 +109,7 @@ def assert_within_budget(inputs: Inputs, dtype: torch.dtype, window: int, **opti
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel forgets to write shows as NaN."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poisoned(x: Tensor) -> Tensor:
-        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(1)
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
+    poison(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -70,3 +71,14 @@ def saved_bytes(run: Callable[[], Tensor]) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         run()
     return sum(storages.values())
+
+
+def poison(patch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel forgets to write shows as NaN."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def poisoned(x: Tensor) -> Tensor:
+        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(1)
+
+    patch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
+    patch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))

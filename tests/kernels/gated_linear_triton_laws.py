@@ -20,7 +20,7 @@ from torch import Tensor
 from lizardzoo import LizardzooError
 from lizardzoo.kernels import FeatureMap, gated_linear_attention, gated_linear_attention_step
 from lizardzoo.kernels.gated_linear import init_state, launch, ops
-from tests.kernels.cases import assert_same, assert_same_tokens, error
+from tests.kernels.cases import assert_same, assert_same_tokens, error, poison
 from tests.kernels.test_gated_linear import Case, _memory, cases
 
 assert launch.INTERPRETED
@@ -32,14 +32,7 @@ SIZES = ((4, 2, 3), (5, 3, 7), (3, 20, 1), (20, 17, 18), (16, 16, 16))  # blocks
 
 @pytest.fixture(autouse=True)
 def _small_chunks_of_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel forgets to write shows as NaN."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poisoned(x: Tensor) -> Tensor:
-        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(1)
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
+    poison(monkeypatch)
     monkeypatch.setattr(launch, "chunk_size", lambda *a: 4)
 
 

@@ -20,7 +20,7 @@ from lizardzoo import LizardzooError
 from lizardzoo.kernels import FeatureMap, hybrid_attention
 from lizardzoo.kernels.gated_linear import launch
 from lizardzoo.kernels.hybrid import ops
-from tests.kernels.cases import assert_same
+from tests.kernels.cases import assert_same, poison
 from tests.kernels.test_gated_linear import _memory
 from tests.kernels.test_hybrid import Case, assert_same_state, cases
 
@@ -32,14 +32,7 @@ TOLERANCE = 1e-4  # of fp32, with exp features in it
 
 @pytest.fixture(autouse=True)
 def _small_chunks_of_poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel forgets to write shows as NaN."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poisoned(x: Tensor) -> Tensor:
-        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(1)
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
+    poison(monkeypatch)
     monkeypatch.setattr(launch, "chunk_size", lambda *a: 4)
 
 

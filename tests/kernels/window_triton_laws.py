@@ -18,7 +18,7 @@ from lizardzoo import LizardzooError
 from lizardzoo.kernels import window_attention, window_attention_step
 from lizardzoo.kernels.window import init_state, ops
 from lizardzoo.testing import token_flags
-from tests.kernels.cases import assert_same, assert_same_tokens, error
+from tests.kernels.cases import assert_same, assert_same_tokens, error, poison
 from tests.kernels.test_window import Case
 
 assert ops.INTERPRETED
@@ -28,14 +28,7 @@ PHASES = [phase for phase in Phase if phase not in (Phase.shrink, Phase.explain)
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel forgets to write shows as NaN."""
-    empty, empty_like = torch.empty, torch.empty_like
-
-    def poisoned(x: Tensor) -> Tensor:
-        return x.fill_(float("nan")) if x.is_floating_point() else x.fill_(1)
-
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
-    monkeypatch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
+    poison(monkeypatch)
 
 
 @st.composite

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from lizardzoo.kernels.gated_linear import triton as kernels
 from lizardzoo.kernels.gated_linear import triton_backward
-from lizardzoo.kernels.launching import decisive, launch
+from lizardzoo.kernels.gated_linear.state import state_heads
+from lizardzoo.kernels.launching import decisive, launch, power_of_2, strides, unit_stride
 
 NEG_INF = float("-inf")
 INTERPRETED = kernels.INTERPRETED
@@ -80,46 +81,34 @@ class Saved(NamedTuple):
     key_map: Tensor
 
 
-def power_of_2(n: int) -> int:
-    """The next one, at least 16: no product takes fewer."""
-    return max(16, 1 << (n - 1).bit_length())
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for x in tensors for stride in x.stride()[:3]]
-
-
 class Launch:
     """One call's sizes, and the arguments that its kernels share."""
 
     def __init__(self, inputs: Inputs):
         self.inputs = inputs = inputs._replace(
-            q=_unit_stride(inputs.q), k=_unit_stride(inputs.k), v=_unit_stride(inputs.v)
+            q=unit_stride(inputs.q), k=unit_stride(inputs.k), v=unit_stride(inputs.v)
         )
         q, v = inputs.q, inputs.v
         self.batch, self.count, self.heads, self.head_dim = q.shape
         self.kv_heads, self.value_dim, self.device = v.shape[2], v.shape[3], q.device
-        gates = [0 if gate is None else gate.shape[2] for gate in (inputs.log_decay, inputs.log_input)]
-        self.decays, self.enters = gates
-        self.state_heads = self.heads if max(gates) > self.kv_heads else self.kv_heads
+        gates = (inputs.log_decay, inputs.log_input)
+        self.decays, self.enters = (0 if gate is None else gate.shape[2] for gate in gates)
+        self.state_heads = state_heads(self.heads, self.kv_heads, self.decays, self.enters)
         self.groups, self.repeats = self.heads // self.state_heads, self.state_heads // self.kv_heads
         mapped = inputs.key_map is not None
         self.half = inputs.key_map.shape[2] if inputs.key_map is not None else self.head_dim
         self.features = self.half * (1 + mapped)
         self.scales = 1 if mapped and inputs.activation == "softmax" else self.features
-        wide = 2 if q.dtype == torch.bfloat16 else 4
-        self.tile = wide, power_of_2(max(64, self.head_dim, self.half, self.value_dim))
+        size = 2 if q.dtype == torch.bfloat16 else 4  # bytes of an operand: fp16 does not have the range of weights
+        self.tile = size, power_of_2(max(64, self.head_dim, self.half, self.value_dim))
         self.chunk = chunk_size(*self.tile)
         self.chunks = -(-self.count // self.chunk)
         self.rows = self.batch * self.state_heads
         maps = (inputs.query_map, inputs.key_map)
         self.map_heads = tuple(1 if x is None else x.shape[0] for x in maps)
-        narrow = wide == 2 and not INTERPRETED  # Triton's interpreter gets products of bf16 wrong
+        narrow = size == 2 and not INTERPRETED  # Triton's interpreter gets products of bf16 wrong
         self.terms = 2 if narrow else 1
+        self.operand = torch.bfloat16 if narrow else torch.float32
         self.sizes = {
             "D": self.head_dim, "F": self.half, "V": self.value_dim, "BD": power_of_2(self.head_dim),
             "BF": power_of_2(self.half), "BV": power_of_2(self.value_dim), "C": self.chunk, "HALVES": 1 + mapped,
@@ -160,7 +149,7 @@ class Launch:
         numbers = (weight.shape[0], count, end, span, heads, heads // x.shape[2])
         launch(
             triton_backward.map_gradients, (parts, batch * heads), (*decisive(x), numbers[0], *numbers[4:]),
-            (x, weight, d_z, d_x, d_maps, *_strides(x), *numbers),
+            (x, weight, d_z, d_x, d_maps, *strides(x), *numbers),
             {**{name: self.sizes[name] for name in names}, "C": MAP_TILE}, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         total = d_maps.sum(0)
@@ -172,9 +161,8 @@ class Launch:
         query, key = self.inputs.query_map, self.inputs.key_map
         if query is None or key is None:
             return self.inputs.q, self.inputs.q
-        dtype = torch.bfloat16 if self.terms == 2 else torch.float32
         query, key = query.contiguous(), key.contiguous()
-        made = [self.empty(x.shape[0], self.terms, *x.shape[1:], dtype=dtype) for x in (query, key)]
+        made = [self.empty(x.shape[0], self.terms, *x.shape[1:], dtype=self.operand) for x in (query, key)]
         grid = (-(-max(query.numel(), key.numel()) // 1024), 2)
         sizes = (query.numel(), key.numel(), self.head_dim * self.half)
         launch(
@@ -190,9 +178,9 @@ class Launch:
         """Empty, as the fake operators give it."""
         gates = [self.empty(self.batch, self.state_heads, self.count) for _ in range(2)]
         maps = (self.inputs.query_map, self.inputs.key_map)
-        dtype = torch.bfloat16 if self.terms == 2 else torch.float32
         made = [
-            self.empty(0) if x is None else self.empty(x.shape[0], self.terms, *x.shape[1:], dtype=dtype) for x in maps
+            self.empty(0) if x is None else self.empty(x.shape[0], self.terms, *x.shape[1:], dtype=self.operand)
+            for x in maps
         ]
         return Saved(*self.states(), *gates, self.empty(self.rows, self.chunks), *made)  # type: ignore[call-arg]
 
@@ -205,9 +193,8 @@ class Launch:
         """One for each chunk, as products take them: kv [B, Hs, N, D, 2F], norm [B, Hs, N, 2F], scale [B, Hs, N, 1 or
         2F]."""
         shape = (self.batch, self.state_heads, self.chunks)
-        dtype = torch.bfloat16 if self.sizes["OPERAND"] == "bf16" else torch.float32
         vectors = [self.empty(*shape, size) for size in (self.features, self.scales)]
-        return [self.empty(*shape, self.value_dim, self.features, dtype=dtype), *vectors]
+        return [self.empty(*shape, self.value_dim, self.features, dtype=self.operand), *vectors]
 
     def scan(
         self, added: list[Tensor], carry: Tensor, start: Sequence[Tensor | None], before: Sequence[Tensor] | None = None
@@ -263,7 +250,7 @@ def forward(
     sizes = (count, call.chunks, call.shift)
     call.run(
         kernels.chunk_states,
-        (k, v, *gates, maps[1], *added, carry, *_strides(k, v), key_heads, *sizes, call.state_heads, call.repeats),
+        (k, v, *gates, maps[1], *added, carry, *strides(k, v), key_heads, *sizes, call.state_heads, call.repeats),
     )
     start = [None if x is None else x.contiguous() for x in (inputs.kv, inputs.norm, inputs.scale)]
     before, last, _ = call.scan(added, carry, start)
@@ -271,7 +258,7 @@ def forward(
     beside = (*(near or (None, None)), log_scale)
     call.run(
         kernels.outputs,
-        (q, k, v, *gates, *maps, *before, *beside, y, log_mass, *_strides(q, k, v), query_heads, key_heads, *sizes,
+        (q, k, v, *gates, *maps, *before, *beside, y, log_mass, *strides(q, k, v), query_heads, key_heads, *sizes,
          *call.groups_and_heads),
         form=tuple(x is None for x in beside),
     )  # fmt: skip
@@ -315,7 +302,7 @@ def backward(
     added, form = call.states(), decisive(d_y)
     call.run(
         triton_backward.state_gradients,
-        (q, d_y, *gates, maps[0], log_mass, delta, *added, *_strides(q), query_heads, count, call.chunks, call.groups,
+        (q, d_y, *gates, maps[0], log_mass, delta, *added, *strides(q), query_heads, count, call.chunks, call.groups,
          call.state_heads),
         form,
     )  # fmt: skip
@@ -338,7 +325,7 @@ def backward(
         call.run(
             triton_backward.chunk_gradients,
             (q, k, v, *gates, *maps, *saved[:3], d_y, log_mass, delta, d_z, sides, d_features, own_v,
-             *_strides(q, k, v), query_heads, key_heads, count, *shared),
+             *strides(q, k, v), query_heads, key_heads, count, *shared),
             form, ADD=adds, QUERIES=queries, KEYS=not queries,
         )  # fmt: skip
     d_q, d_query_map = call.through_map(q, maps[0], d_z, heads, count)
@@ -346,7 +333,7 @@ def backward(
     d_sums, d_weight = torch.empty_like(saved.sums), torch.empty_like(saved.weight)
     call.run(
         triton_backward.key_gradients,
-        (k, v, *gates, maps[1], *after, through, sides, d_features, d_z, own_v, d_sums, d_weight, *_strides(k, v),
+        (k, v, *gates, maps[1], *after, through, sides, d_features, d_z, own_v, d_sums, d_weight, *strides(k, v),
          key_heads, count, *shared),
     )  # fmt: skip
     d_k, d_key_map = call.through_map(k, maps[1], d_z, call.state_heads, max(count - call.shift, 0))

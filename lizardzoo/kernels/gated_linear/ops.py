@@ -12,8 +12,9 @@ from torch import Tensor
 from lizardzoo.errors import LizardzooError
 from lizardzoo.kernels.features import FeatureMap
 from lizardzoo.kernels.gated_linear import launch, triton_step
-from lizardzoo.kernels.gated_linear.launch import NEG_INF, Gradients, Inputs, Launch, Saved, power_of_2
+from lizardzoo.kernels.gated_linear.launch import NEG_INF, Gradients, Inputs, Launch, Saved
 from lizardzoo.kernels.gated_linear.state import next_state
+from lizardzoo.kernels.launching import power_of_2
 from lizardzoo.kernels.rows import Rows, arrange, unroll
 from lizardzoo.kernels.state import writable
 
@@ -122,10 +123,7 @@ def gradients(backward: Callable[..., list[Tensor]], places: list[int], ctx: Any
 
 
 def eager(compute: Callable[..., Any], backward: Callable[..., list[Tensor]], places: list[int]) -> Callable[..., Any]:
-    """`compute` with its gradients, without an operator's way through torch's dispatcher.
-
-    That way costs more time on the host than the kernels of a layer take on the device.
-    """
+    """`compute` with its gradients, without an operator's slow way through torch's dispatcher."""
 
     class Function(torch.autograd.Function):
         @staticmethod

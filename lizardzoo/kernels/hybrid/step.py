@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from lizardzoo.kernels.gated_linear import ops as linear_ops
-from lizardzoo.kernels.gated_linear.launch import power_of_2
 from lizardzoo.kernels.hybrid import triton_step
 from lizardzoo.kernels.hybrid.state import share
+from lizardzoo.kernels.launching import power_of_2
 from lizardzoo.kernels.merge import add_log_scale, joint
 from lizardzoo.kernels.state import overwrite, writable
 from lizardzoo.kernels.window import ops as window_ops

@@ -6,6 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lizardzoo.kernels.launching import unit_stride
 from lizardzoo.kernels.rotary import triton as kernels
 
 INTERPRETED = kernels.INTERPRETED.value  # TRITON_INTERPRET=1
@@ -21,7 +22,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 @torch.library.custom_op("lizardzoo::rotate", mutates_args=())
 def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     """q and k rotated forth, or back by the transpose."""
-    q, k, cos, sin = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, cos, sin))
+    q, k, cos, sin = (unit_stride(x) for x in (q, k, cos, sin))
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
     (batch, count, heads, dim), kv_heads = q.shape, k.shape[2]
     block = 1 << (dim // 2 - 1).bit_length()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lizardzoo.errors import LizardzooError
-from lizardzoo.kernels.launching import decisive, launch
+from lizardzoo.kernels.launching import decisive, launch, power_of_2, strides, unit_stride
 from lizardzoo.kernels.rows import arrange, unroll
 from lizardzoo.kernels.state import writable
 from lizardzoo.kernels.window import triton as kernels
@@ -51,10 +51,6 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _next_power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def _sizes(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> dict[str, Any]:
     """Compile-time sizes that every kernel takes. Dots need sides of at least 16 and powers of two."""
     return {
@@ -62,27 +58,19 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> dict[str, A
         "G": q.shape[2] // k.shape[2],
         "DK": q.shape[3],
         "DV": v.shape[3],
-        "BLOCK_DK": max(16, _next_power_of_2(q.shape[3])),
-        "BLOCK_DV": max(16, _next_power_of_2(v.shape[3])),
+        "BLOCK_DK": power_of_2(q.shape[3]),
+        "BLOCK_DV": power_of_2(v.shape[3]),
         "DOCUMENTS": first is not None and first.ndim == 2,
     }
-
-
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(s for x in tensors for s in x.stride()[:3])
 
 
 def _tiles(kernel: str, q: Tensor, v: Tensor) -> tuple[dict[str, int], dict[str, int]]:
     """M and N of a kernel; warps and stages."""
     if INTERPRETED:
         return {"M": 16, "N": 16}, {}  # small inputs then have several tiles
-    dim = max(64, _next_power_of_2(max(q.shape[3], v.shape[3])))
+    dim = max(64, power_of_2(max(q.shape[3], v.shape[3])))
     rows, keys, warps, stages = TILES[kernel][q.element_size(), dim]
     return {"M": rows, "N": keys}, {"num_warps": warps, "num_stages": stages}
-
-
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 SIGNATURE = "Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? first, Tensor? lengths"
@@ -91,7 +79,7 @@ NUMBERS = "SymInt window, SymInt keep, SymInt offset, float scale"
 
 def attend(q, k, v, sink, first, lengths, window, keep, offset, scale):
     """y, log_mass. k, v [B, offset + T, Hkv, D]; sink [H]; first [B] or [B, T], lengths [B]: int32."""
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     batch, count, heads, _ = q.shape
     y = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     log_mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -99,7 +87,7 @@ def attend(q, k, v, sink, first, lengths, window, keep, offset, scale):
     launch(
         kernels.forward_kernel, (batch * k.shape[2] * _cdiv(count * (heads // k.shape[2]), tiles["M"]),),
         (*decisive(q, k, v), sink is None, first is None, lengths is None),
-        (q, k, v, sink, first, lengths, y, log_mass, count, window, keep, offset, scale, *_strides(q, k, v)),
+        (q, k, v, sink, first, lengths, y, log_mass, count, window, keep, offset, scale, *strides(q, k, v)),
         {**_sizes(q, k, v, first), "KEEP": keep > 0, **tiles, "R": KEPT_BLOCK}, **options,
     )  # fmt: skip
     return y, log_mass
@@ -120,14 +108,14 @@ def gradients(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, window,
 
     y and log_mass may be those of a larger sum that has other terms beside the window's.
     """
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     dy = dy.contiguous()
     dlog_mass = None if dlog_mass is None else dlog_mass.contiguous()
     batch, count, heads, _ = q.shape
     kv_heads, groups = k.shape[2], heads // k.shape[2]
     delta = torch.empty_like(log_mass)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    numbers = (count, window, keep, offset, scale, *_strides(q, k, v))
+    numbers = (count, window, keep, offset, scale, *strides(q, k, v))
     form = (*decisive(q, k, v, y, dy), first is None, lengths is None, dlog_mass is None)
     sizes = _sizes(q, k, v, first)
     tiles, options = _tiles("query", q, v)
@@ -246,7 +234,7 @@ def _step(
     sinks: Tensor | None, mask: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, log_mass; the (contiguous) state moves on in place."""
-    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
     (batch, _, heads, _), kv_heads = q.shape, k.shape[2]
     y = torch.empty(batch, 1, heads, v.shape[3], dtype=q.dtype, device=q.device)
     log_mass = torch.empty(batch, 1, heads, dtype=torch.float32, device=q.device)
@@ -254,7 +242,7 @@ def _step(
     sinks, mask = (None if x is None else x.contiguous() for x in (sinks, mask))
     wide = max(shape["BLOCK_DK"], shape["BLOCK_DV"]) * q.element_size()  # N: what the shared memory holds, two stages
     tile = {
-        "M": max(16, _next_power_of_2(heads // kv_heads)),
+        "M": power_of_2(heads // kv_heads),
         "N": 16 if INTERPRETED else min(64, max(16, 8192 // wide)),
     }
     kernels.step_kernel[(batch * kv_heads,)](
