@@ -30,10 +30,9 @@ def strides(*tensors: Tensor) -> tuple[int, ...]:
 
 
 def decisive(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """What a compiled form depends on: which tensors are there, dtypes, alignment, what Triton asks of the strides."""
+    """What a compiled form depends on: which tensors are there, dtypes, what Triton asks of the strides."""
     return tuple(
-        x if x is None else (x.dtype, x.data_ptr() % 16 == 0, *((s == 1, s % 16 == 0, s >> 31) for s in x.stride()))
-        for x in tensors
+        x if x is None else (x.dtype, *((s == 1, s % 16 == 0, s >> 31) for s in x.stride())) for x in tensors
     )
 
 
@@ -45,11 +44,12 @@ def launch(
 
     Args:
         form: all that decides the compiled form beside constants and options: `decisive` of the tensors that a caller
-            gave, and the value of every number that the kernel specializes. Tensors made here are aligned.
+            gave, and the value of every number that the kernel specializes. (Their alignment is looked at here.)
         constants: the kernel's compile-time arguments, in its own order, behind all others.
     """
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-    key = (id(kernel), device, form, *constants.values(), *options.values())
+    aligned = tuple([x.data_ptr() % 16 == 0 for x in arguments if isinstance(x, Tensor)])
+    key = (id(kernel), device, form, aligned, *constants.values(), *options.values())
     compiled = _FORMS.get(key)
     if compiled is None:
         names = kernel.arg_names[len(arguments) :]
