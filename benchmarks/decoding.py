@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from contenders import KEEP, Shape, build_mixer, draw
-from measure import relative_error, timed
+from measure import captured, relative_error, timed
 from torch import Tensor
 
 from lizardzoo.kernels import hybrid_attention_step
@@ -33,16 +33,7 @@ def replayed(step: Callable[[int], Any], state_bytes: int) -> float:
         for layer in range(layers):
             step(layer)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            all_layers()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        all_layers()
-    return timed(graph.replay) / layers
+    return timed(captured(all_layers, warm_up=2).replay) / layers
 
 
 def layers_for(state_bytes: int) -> int:

@@ -9,6 +9,8 @@ from typing import Any
 OURS, PEER, SOFTMAX = "lizardzoo hybrid", "composed peer", "sdpa"
 COLORS = {"sdpa": "0.4", "flex window": "tab:green", "fla branch": "tab:olive", "composed peer": "tab:red"}
 """Ours take the blues."""
+EAGER = ("forward ms", "forward + backward ms")
+GRAPH = ("forward graph ms", "forward + backward graph ms")
 
 
 def markdown(run: dict[str, Any]) -> str:
@@ -17,9 +19,11 @@ def markdown(run: dict[str, Any]) -> str:
     named = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton", "fla") if name in machine)
     parts = [
         f"{machine['device']} (copies at {machine['copy TB/s']} TB/s), {named}; bf16, window {run['window']}, "
-        f"{run['keep']} kept tokens. Milliseconds, medians of at least 20 runs on the device: forward / forward + "
-        f"backward. Against: how many times faster our hybrid is.",
-        _speed(run["results"]),
+        f"{run['keep']} kept tokens. Milliseconds, medians of at least 20 runs: forward / forward + backward. Against: "
+        f"how many times faster our hybrid is. The device alone (replayed from a CUDA graph):",
+        _speed(run["results"], GRAPH),
+        "As PyTorch runs it, one operation after the other: for short sequences the CPU's time to launch them counts.",
+        _speed(run["results"], EAGER),
         "Extra memory of one forward + backward, MiB:",
         _table(run["results"], lambda entry: _number(entry.get("peak MiB"))),
     ]
@@ -30,7 +34,7 @@ def markdown(run: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _speed(results: Sequence[dict[str, Any]]) -> str:
+def _speed(results: Sequence[dict[str, Any]], times: tuple[str, str]) -> str:
     """Times, and how many times faster our hybrid is; a mark where gradients are not usable."""
     notes = sorted({entry["note"] for entry in results if entry.get("note")})
     marks = {note: "†" * (1 + index) for index, note in enumerate(notes)}
@@ -38,21 +42,21 @@ def _speed(results: Sequence[dict[str, Any]]) -> str:
     def cell(entry: dict[str, Any]) -> str:
         if "missing" in entry:
             return entry["missing"]
-        both = f"{_number(entry['forward ms'])} / {_number(entry.get('forward + backward ms'))}"
+        both = " / ".join(_number(entry.get(time)) for time in times)
         return both + (marks[entry["note"]] if entry.get("note") else "")
 
-    table = _table(results, cell, ratios=(PEER, SOFTMAX))
+    table = _table(results, cell, times, ratios=(PEER, SOFTMAX))
     return "\n".join([table, *(f"\n{mark} {note}" for note, mark in marks.items())])
 
 
-def _table(results: Sequence[dict[str, Any]], cell: Any, ratios: Sequence[str] = ()) -> str:
+def _table(results: Sequence[dict[str, Any]], cell: Any, times: Sequence[str] = (), ratios: Sequence[str] = ()) -> str:
     contenders = list(dict.fromkeys(entry["contender"] for entry in results))
     rows = []
     for case in dict.fromkeys(map(_case, results)):
         found = {entry["contender"]: entry for entry in results if _case(entry) == case}
         cells = [cell(found[name]) if name in found else "" for name in contenders]
         shape, batch, tokens = case
-        rows.append([f"{shape}, {batch} x {tokens:,}", *cells, *(_ratio(found, other) for other in ratios)])
+        rows.append([f"{shape}, {batch} x {tokens:,}", *cells, *(_ratio(found, other, times) for other in ratios)])
     return _rows(["", *contenders, *(f"hybrid against {other}" for other in ratios)], rows)
 
 
@@ -60,10 +64,9 @@ def _case(entry: dict[str, Any]) -> tuple[str, int, int]:
     return entry["shape"], entry["batch"], entry["tokens"]
 
 
-def _ratio(found: dict[str, dict[str, Any]], other: str) -> str:
+def _ratio(found: dict[str, dict[str, Any]], other: str, times: Sequence[str]) -> str:
     """How many times faster ours is, forward and forward + backward."""
     ours, theirs = found.get(OURS, {}), found.get(other, {})
-    times = ("forward ms", "forward + backward ms")
     ratios = [f"{theirs[t] / ours[t]:.2f}x" if t in ours and t in theirs else "-" for t in times]
     return " / ".join(ratios)
 
@@ -104,22 +107,23 @@ def plot(run: dict[str, Any], path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    times = ("forward ms", "forward + backward ms")
-    results = [entry for entry in run["results"] if times[0] in entry]
+    results = [entry for entry in run["results"] if GRAPH[0] in entry]
     shapes = list(dict.fromkeys(entry["shape"] for entry in results))
     figure, panels = pyplot.subplots(
         len(shapes), 2, figsize=(11, 1 + 3.6 * len(shapes)), squeeze=False, sharex=True, layout="constrained"
     )
     for row, shape in zip(panels, shapes):
         here = [entry for entry in results if entry["shape"] == shape]
-        for panel, key in zip(row, times):
-            panel.set(title=f"{shape}: {key.removesuffix(' ms')}", xscale="log", yscale="log")
+        for panel, key in zip(row, GRAPH):
+            panel.set(title=f"{shape}: {key.removesuffix(' graph ms')}", xscale="log", yscale="log")
             _lines(panel, here, key)
             panel.set_ylabel("microseconds per 1,000 tokens")
     for panel in panels[-1]:
         panel.set_xlabel("tokens in a sequence")
     panels[0][1].legend(fontsize=8)
-    figure.suptitle(f"One layer's attention, {run['machine']['device']}, torch {run['machine']['torch']}, bf16")
+    figure.suptitle(
+        f"One layer's attention, the device alone, {run['machine']['device']}, torch {run['machine']['torch']}, bf16"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

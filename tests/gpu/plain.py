@@ -20,21 +20,22 @@ class _Attend(torch.autograd.Function):
     """softmax(scores) v: y and log_mass; rows of -inf alone give zero and -inf. v has the queries' heads."""
 
     @staticmethod
-    def forward(ctx: Any, scores: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, scores: Tensor, v: Tensor, rounded: torch.dtype) -> tuple[Tensor, Tensor]:
         some = torch.isfinite(scores).any(-1, keepdim=True)
         log_mass = torch.where(some, scores, 0.0).logsumexp(-1, keepdim=True)
         weights = torch.where(some, (scores - log_mass).exp(), 0.0)
-        y = weights[..., : v.shape[2]].to(v.dtype) @ v
+        y = (weights[..., : v.shape[2]].to(v.dtype) @ v).to(rounded)
         ctx.save_for_backward(weights, v, y)
         return y, torch.where(some, log_mass, float("-inf"))
 
     @staticmethod
-    def backward(ctx: Any, d_y: Tensor, d_log_mass: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, d_y: Tensor, d_log_mass: Tensor) -> tuple[Tensor, Tensor, None]:
         weights, v, y = ctx.saved_tensors
+        d_y = d_y.to(v)
         delta = (d_y.to(weights) * y.to(weights)).sum(-1, keepdim=True) - d_log_mass
         slopes = (d_y @ v.transpose(2, 3)).to(weights.dtype)
         slopes = F.pad(slopes, (0, weights.shape[-1] - slopes.shape[-1]))  # sinks have no value
-        return weights * (slopes - delta), weights[..., : v.shape[2]].to(v.dtype).transpose(2, 3) @ d_y
+        return weights * (slopes - delta), weights[..., : v.shape[2]].to(v.dtype).transpose(2, 3) @ d_y, None
 
 
 def attention(
@@ -49,9 +50,11 @@ def attention(
     sinks: Tensor | None = None,
     mask: Tensor | None = None,
     starts: Tensor | None = None,
+    rounded: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """y and log_mass under one denominator; near: q, k of the window; far: q, k, log_decay, log_input, log_scale and
-    softmax maps of the linear branch. Other arguments as those of `hybrid_attention`."""
+    softmax maps of the linear branch. Other arguments as those of `hybrid_attention`; rounded: y's dtype, if not
+    that of the inputs."""
     q, k, log_decay, log_input, log_scale, maps = far
     batch, count, heads, _ = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -91,5 +94,5 @@ def attention(
         parts.append(sinks.to(wide).expand(heads, -1)[None, :, None].expand(batch, -1, count, -1))
     joined = torch.cat(parts, -1).masked_fill(~mask[:, None, :, None], float("-inf"))
     values = torch.cat([per_head(v)] * (1 + (near is not None)), 2)
-    y, log_mass = _Attend.apply(joined, values)
+    y, log_mass = _Attend.apply(joined, values, rounded or v.dtype)
     return y.transpose(1, 2), log_mass[..., 0].transpose(1, 2)

@@ -120,7 +120,7 @@ def assert_agree(state: HybridState, expected: HybridState, floor: float) -> Non
         {"same_keys": True, "heads": 8, "kv_heads": 8, "features": 32},
         {"dim": 128, "features": 64, "batch": 2},
         {"dim": 128, "features": 128, "batch": 2, "heads": 16, "kv_heads": 2},
-        {"dim": 80, "features": 40, "heads": 8, "kv_heads": 1},
+        {"dim": 80, "features": 48, "heads": 8, "kv_heads": 1},
     ],
     ids=str,
 )

@@ -97,6 +97,15 @@ def test_each_lag_and_skip(lag: int, skip: int, activation: str) -> None:
     assert_same(tuple(ours), tuple(expected), case.inputs(), TOLERANCE)
 
 
+def test_second_derivatives_are_refused() -> None:
+    """The kernels of the backward have no gradients: better none than a part of them."""
+    tensors = one_case().tensors
+    y, *_ = gated_linear_attention(**tensors, **one_case().options, impl="triton")
+    (slope,) = torch.autograd.grad(y.square().sum(), tensors["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
 @pytest.mark.parametrize(("decay", "enter"), [(None, None), (1, None), (None, 2), (2, 4), (4, 1)])
 def test_each_sharing_of_gates(decay: int | None, enter: int | None) -> None:
     case = one_case(decay=decay, enter=enter)
@@ -197,15 +206,6 @@ def test_views_and_narrow_inputs_give_what_copies_in_fp32_give() -> None:
         plain = torch.autograd.grad(expected[0].square().sum() + expected[1].sum(), list(wide.values()))
         for a, b in zip(found, plain, strict=True):
             assert a.dtype == dtype and error(a.float(), b) <= 3 * torch.finfo(dtype).eps
-
-
-def test_maps_in_two_bf16_terms_are_the_maps() -> None:
-    """What bf16 inputs meet on a device: high + low holds 16 bits of a weight, with log2(e) in it."""
-    query, key = torch.randn(3, 5, 6), torch.randn(1, 5, 6)
-    split = [torch.empty(x.shape[0], 2, 5, 6, dtype=torch.bfloat16) for x in (query, key)]
-    launch.kernels.split_maps[(1, 2)](query, key, *split, query.numel(), key.numel(), 30, TERMS=2, BLOCK=128)
-    for terms, weights in zip(split, (query, key), strict=True):
-        assert error(terms.float().sum(1), weights * 1.4426950408889634) <= 2**-16
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,14 @@ def cases(draw: st.DrawFn, longest: int = 75, documents: bool = True) -> Case:
     return Case(q, k, v, options, {"mask": flags.mask, "starts": flags.starts})
 
 
+def test_second_derivatives_are_refused() -> None:
+    q, k, v = (torch.randn(1, 9, heads, 5).requires_grad_() for heads in (4, 2, 2))
+    y, *_ = window_attention(q, k, v, window=4, impl="triton")
+    (slope,) = torch.autograd.grad(y.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        slope.sum().backward()
+
+
 @settings(max_examples=16, phases=PHASES)
 @given(cases())
 def test_equals_the_reference_with_all_gradients(case: Case) -> None:

@@ -30,8 +30,14 @@ LAUNCHES: dict[str, dict[tuple[int, int], tuple[int, int, int | None]]] = {
     # 255: left to itself, ptxas takes 32 registers for fp32 and spills 15 KB a thread
     "outputs": {(2, 64): (4, 2, None), (2, 128): (4, 1, None), (4, 64): (4, 1, 255), (4, 128): (8, 1, 255)},
     "state_gradients": {(2, 64): (4, 2, None), (2, 128): (8, 1, None), (4, 64): (4, 1, None), (4, 128): (8, 1, None)},
-    "chunk_gradients": {(2, 64): (4, 1, None), (2, 128): (4, 1, None), (4, 64): (4, 1, None), (4, 128): (8, 1, None)},
-    "key_gradients": {(2, 64): (4, 2, None), (2, 128): (4, 1, None), (4, 64): (4, 1, None), (4, 128): (8, 1, None)},
+    "query_gradients": {(2, 64): (4, 1, None), (2, 128): (8, 1, None), (4, 64): (4, 1, 255), (4, 128): (8, 1, None)},
+    "near_key_gradients": {
+        (2, 64): (4, 2, None),
+        (2, 128): (8, 1, None),
+        (4, 64): (4, 1, None),
+        (4, 128): (8, 1, None),
+    },
+    "key_gradients": {(2, 64): (4, 1, None), (2, 128): (8, 1, None), (4, 64): (4, 1, None), (4, 128): (8, 1, None)},
     "map_gradients": {(2, 64): (4, 2, None), (2, 128): (4, 1, None), (4, 64): (4, 1, None), (4, 128): (8, 1, None)},
 }
 # Numbers of a program of the scan, and steps that are read ahead: with few rows, more programs share a matrix.
@@ -67,8 +73,8 @@ class Inputs(NamedTuple):
 class Saved(NamedTuple):
     """What the forward leaves for the backward.
 
-    The states before each chunk, the gates by slot [B, Hs, T], the decays of the chunks [B * Hs, N], and the maps as
-    kernels take them.
+    The states before each chunk, the gates by slot [B, Hs, T], the decays of the chunks [B * Hs, N], and the maps in
+    bf16 (empty where products take them as they are).
     """
 
     kv: Tensor
@@ -107,14 +113,13 @@ class Launch:
         maps = (inputs.query_map, inputs.key_map)
         self.map_heads = tuple(1 if x is None else x.shape[0] for x in maps)
         narrow = size == 2 and not INTERPRETED  # Triton's interpreter gets products of bf16 wrong
-        self.terms = 2 if narrow else 1
         self.operand = torch.bfloat16 if narrow else torch.float32
         self.sizes = {
             "D": self.head_dim, "F": self.half, "V": self.value_dim, "BD": power_of_2(self.head_dim),
             "BF": power_of_2(self.half), "BV": power_of_2(self.value_dim), "C": self.chunk, "HALVES": 1 + mapped,
             "MAP": inputs.activation if mapped else "none", "SCALES": self.scales,
-            "PACKED": inputs.document is not None, "TERMS": self.terms,
-            "LOGITS": "bf16x2" if narrow else "tf32x3", "OPERAND": "bf16" if narrow else "fp32", "PRECISION": "tf32x3",
+            "PACKED": inputs.document is not None,
+            "OPERAND": "bf16" if narrow else "fp32", "PRECISION": "tf32x3",
         }  # fmt: skip
         self.shift = inputs.lag - inputs.offset
         self.groups_and_heads = (self.groups, self.state_heads, self.repeats)
@@ -126,50 +131,53 @@ class Launch:
         heads = (*self.groups_and_heads, *self.map_heads, self.decays, self.enters)
         return (*decisive(*self.inputs[:3]), *absent, *heads)
 
-    def run(self, kernel: Any, arguments: tuple[Any, ...], form: tuple[Any, ...] = (), **more: bool) -> None:
+    def run(
+        self, kernel: Any, pointers: tuple[Tensor | None, ...], numbers: tuple[int, ...],
+        form: tuple[Any, ...] = (), **more: bool,
+    ) -> None:  # fmt: skip
         """Launch a kernel of the tables, a program for each chunk and head; form: what beside the inputs decides."""
         warps, stages, registers = LAUNCHES[kernel.fn.__name__][self.tile]
         constants = {**self.sizes, **more}
         options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
-        launch(kernel, (self.chunks, self.rows), (*self.form, *form), arguments, constants, **options)
+        launch(kernel, (self.chunks, self.rows), (*self.form, *form), pointers, numbers, constants, **options)
 
     def through_map(self, x: Tensor, weight: Tensor, d_z: Tensor, heads: int, end: int) -> tuple[Tensor, Tensor | None]:
         """The gradients of x and of its map, from that of the logits z = x W [B, T, heads, F], known before `end`."""
         if self.inputs.key_map is None:
             d_z[:, end:] = 0
-            return d_z, None
+            return d_z.to(x.dtype), None
         batch, count = d_z.shape[:2]
         tiles = -(-count // MAP_TILE)
         span = -(-tiles // max(1, PROGRAMS // (batch * heads)))
         parts = -(-tiles // span)
-        d_x = d_z if self.half == self.head_dim else self.empty(*d_z.shape[:3], self.head_dim, dtype=d_z.dtype)
+        in_place = self.half == self.head_dim and d_z.dtype == x.dtype
+        d_x = d_z if in_place else self.empty(*d_z.shape[:3], self.head_dim, dtype=x.dtype)
         d_maps = self.empty(parts * batch, heads, self.head_dim, self.half)
-        names = ("D", "F", "BD", "BF", "C", "TERMS", "OPERAND", "PRECISION")
+        names = ("D", "F", "BD", "BF", "C", "OPERAND", "PRECISION")
         warps, stages, _ = LAUNCHES["map_gradients"][self.tile]
         numbers = (weight.shape[0], count, end, span, heads, heads // x.shape[2])
         launch(
             triton_backward.map_gradients, (parts, batch * heads), (*decisive(x), numbers[0], *numbers[4:]),
-            (x, weight, d_z, d_x, d_maps, *strides(x), *numbers),
+            (x, weight, d_z, d_x, d_maps), (*strides(x), *numbers),
             {**{name: self.sizes[name] for name in names}, "C": MAP_TILE}, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         total = d_maps.sum(0)
         shares = total.shape[0] != weight.shape[0]
         return d_x, total.unflatten(0, (weight.shape[0], -1)).sum(1) if shares else total
 
-    def maps(self) -> tuple[Tensor, Tensor]:
-        """Both maps as the kernels take them, [heads, terms, D, F]; without maps, something never read."""
+    def casts(self) -> tuple[Tensor, Tensor]:
+        """Both maps in bf16; empty where products take them as they are, or where there are none."""
+        query, key = self.inputs.query_map, self.inputs.key_map
+        if query is None or key is None or query.dtype == self.operand:
+            return self.empty(0), self.empty(0)
+        return query.to(self.operand).contiguous(), key.to(self.operand).contiguous()
+
+    def maps(self, casts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Both maps as products take them; without maps, something never read."""
         query, key = self.inputs.query_map, self.inputs.key_map
         if query is None or key is None:
             return self.inputs.q, self.inputs.q
-        query, key = query.contiguous(), key.contiguous()
-        made = [self.empty(x.shape[0], self.terms, *x.shape[1:], dtype=self.operand) for x in (query, key)]
-        grid = (-(-max(query.numel(), key.numel()) // 1024), 2)
-        sizes = (query.numel(), key.numel(), self.head_dim * self.half)
-        launch(
-            kernels.split_maps, grid, (*decisive(query, key), *sizes), (query, key, *made, *sizes),
-            {"TERMS": self.terms, "BLOCK": 1024},
-        )  # fmt: skip
-        return made[0], made[1]
+        return casts if query.dtype != self.operand else (query.contiguous(), key.contiguous())
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.device)
@@ -177,12 +185,8 @@ class Launch:
     def saved(self) -> Saved:
         """Empty, as the fake operators give it."""
         gates = [self.empty(self.batch, self.state_heads, self.count) for _ in range(2)]
-        maps = (self.inputs.query_map, self.inputs.key_map)
-        made = [
-            self.empty(0) if x is None else self.empty(x.shape[0], self.terms, *x.shape[1:], dtype=self.operand)
-            for x in maps
-        ]
-        return Saved(*self.states(), *gates, self.empty(self.rows, self.chunks), *made)  # type: ignore[call-arg]
+        maps = self.casts()
+        return Saved(*self.states(), *gates, self.empty(self.rows, self.chunks), *maps)  # type: ignore[call-arg]
 
     def memory(self) -> list[Tensor]:
         """A memory as it comes in and goes out: kv [B, Hs, 2F, D], norm and scale [B, Hs, 2F]."""
@@ -202,7 +206,7 @@ class Launch:
         """The states before each chunk, and the last one.
 
         With `before`, those states, `added` are gradients: the gradients behind each chunk, that of the first state,
-        and what passes through each chunk [B * Hs, N].
+        and what passes through each chunk [B * Hs, N, parts that sum to it].
         """
         each, last = self.states(), self.memory()
         size, stages = SCANS[0] if self.rows >= 128 else SCANS[1] if self.rows >= 32 else SCANS[2]
@@ -215,9 +219,11 @@ class Launch:
             "BF2": power_of_2(self.features), "START": start[0] is not None, "REVERSE": before is not None,
             "STAGES": stages,
         }  # fmt: skip
-        arguments = (*added, carry, *start, *last, *each, *(before or (None,) * 3), through, self.chunks)
-        launch(kernels.scan, grid, (added[0].dtype,), arguments, constants, num_warps=max(1, size // 256))
-        return each, last, None if through is None else through.sum(-1)
+        pointers = (*added, carry, *start, *last, *each, *(before or (None,) * 3), through)
+        launch(
+            kernels.scan, grid, (added[0].dtype,), pointers, (self.chunks,), constants, num_warps=max(1, size // 256)
+        )
+        return each, last, through
 
 
 def chunk_size(bytes_: int, dim: int) -> int:
@@ -240,17 +246,19 @@ def forward(
     allowed = None if inputs.allowed is None else inputs.allowed.contiguous()
     launch(
         kernels.gates, (call.chunks, call.rows), call.form,
-        (decay, enter, allowed, sums, weight, count, inputs.lag, inputs.offset, inputs.skip,
-         call.state_heads, call.decays, call.enters),
+        (decay, enter, allowed, sums, weight),
+        (count, inputs.lag, inputs.offset, inputs.skip, call.state_heads, call.decays, call.enters),
         {"C": call.chunk, "BLOCK": 128}, num_warps=1,
     )  # fmt: skip
     gates = (sums, weight, inputs.document)
-    maps, (query_heads, key_heads) = call.maps(), call.map_heads
+    casts = call.casts()
+    maps, (query_heads, key_heads) = call.maps(casts), call.map_heads
     added, carry = call.states(), call.empty(call.rows, call.chunks)
     sizes = (count, call.chunks, call.shift)
     call.run(
         kernels.chunk_states,
-        (k, v, *gates, maps[1], *added, carry, *strides(k, v), key_heads, *sizes, call.state_heads, call.repeats),
+        (k, v, *gates, maps[1], *added, carry),
+        (*strides(k, v), key_heads, *sizes, call.state_heads, call.repeats),
     )
     start = [None if x is None else x.contiguous() for x in (inputs.kv, inputs.norm, inputs.scale)]
     before, last, _ = call.scan(added, carry, start)
@@ -258,12 +266,11 @@ def forward(
     beside = (*(near or (None, None)), log_scale)
     call.run(
         kernels.outputs,
-        (q, k, v, *gates, *maps, *before, *beside, y, log_mass, *strides(q, k, v), query_heads, key_heads, *sizes,
-         *call.groups_and_heads),
+        (q, k, v, *gates, *maps, *before, *beside, y, log_mass),
+        (*strides(q, k, v), query_heads, key_heads, *sizes, *call.groups_and_heads),
         form=tuple(x is None for x in beside),
     )  # fmt: skip
-    saved_maps = maps if inputs.key_map is not None else (call.empty(0), call.empty(0))
-    return y, log_mass, last, Saved(*before, sums, weight, carry, *saved_maps)  # type: ignore[call-arg]
+    return y, log_mass, last, Saved(*before, sums, weight, carry, *casts)  # type: ignore[call-arg]
 
 
 class Gradients(NamedTuple):
@@ -298,22 +305,32 @@ def backward(
     q, k, v = call.inputs[:3]
     batch, count, heads, _ = q.shape
     gates = (saved.sums, saved.weight, inputs.document)
-    maps, (query_heads, key_heads) = saved[-2:], call.map_heads
+    maps, (query_heads, key_heads) = call.maps(saved[-2:]), call.map_heads
     added, form = call.states(), decisive(d_y)
     call.run(
         triton_backward.state_gradients,
-        (q, d_y, *gates, maps[0], log_mass, delta, *added, *strides(q), query_heads, count, call.chunks, call.groups,
-         call.state_heads),
+        (q, d_y, *gates, maps[0], log_mass, delta, *added),
+        (*strides(q), query_heads, count, call.chunks, call.groups, call.state_heads),
         form,
     )  # fmt: skip
     after, first, through = call.scan(added, saved.carry, d_memory or (None,) * 3, saved[:3])
     d_kv, d_norm, scale = first
+    assert through is not None
+    parts = through.shape[2]
     if inputs.scale is not None:  # of exp(-scale) S at the start
         rescale = torch.where(torch.isinf(scale) | torch.isinf(inputs.scale), 0.0, (scale + inputs.scale).exp())
         d_kv, d_norm = d_kv * rescale[..., None], d_norm * rescale
 
-    shared = (call.chunks, call.shift, k.shape[1], *call.groups_and_heads)
-    d_z, sides = call.empty(*q.shape[:3], call.half, dtype=q.dtype), torch.empty_like(log_mass)
+    numbers = (count, call.chunks, call.shift)
+    heads_of = (*strides(q, k, v), query_heads, key_heads)
+    z_dtype = torch.float32 if q.dtype == torch.float16 else q.dtype  # gradients of far tokens' logits vanish in fp16
+    d_z, sides = call.empty(*q.shape[:3], call.half, dtype=z_dtype), torch.empty_like(log_mass)
+    call.run(
+        triton_backward.query_gradients,
+        (q, k, v, *gates, *maps, *saved[:3], d_y, log_mass, delta, d_z, sides),
+        (*heads_of, *numbers, *call.groups_and_heads),
+        form,
+    )  # fmt: skip
     if d_v is not None and call.repeats == 1:
         adds, own_v = True, d_v
     else:
@@ -321,20 +338,19 @@ def backward(
     if inputs.lag and not adds:  # the last values have not entered
         own_v[:, max(count - call.shift, 0) :] = 0
     d_features = torch.empty(call.rows, call.chunks, call.chunk, call.features, dtype=saved.kv.dtype, device=q.device)
-    for queries in (True, False):  # each by itself: together they need more registers than there are
-        call.run(
-            triton_backward.chunk_gradients,
-            (q, k, v, *gates, *maps, *saved[:3], d_y, log_mass, delta, d_z, sides, d_features, own_v,
-             *strides(q, k, v), query_heads, key_heads, count, *shared),
-            form, ADD=adds, QUERIES=queries, KEYS=not queries,
-        )  # fmt: skip
+    call.run(
+        triton_backward.near_key_gradients,
+        (q, k, v, *gates, *maps, d_y, log_mass, delta, d_features, own_v),
+        (*heads_of, *numbers, k.shape[1], *call.groups_and_heads),
+        form, ADD=adds,
+    )  # fmt: skip
     d_q, d_query_map = call.through_map(q, maps[0], d_z, heads, count)
-    d_z = call.empty(batch, k.shape[1], call.state_heads, call.half, dtype=k.dtype)
+    d_z = call.empty(batch, k.shape[1], call.state_heads, call.half, dtype=z_dtype)
     d_sums, d_weight = torch.empty_like(saved.sums), torch.empty_like(saved.weight)
     call.run(
         triton_backward.key_gradients,
-        (k, v, *gates, maps[1], *after, through, sides, d_features, d_z, own_v, d_sums, d_weight, *strides(k, v),
-         key_heads, count, *shared),
+        (k, v, *gates, maps[1], *after, through, sides, d_features, d_z, own_v, d_sums, d_weight),
+        (*strides(k, v), key_heads, *numbers, k.shape[1], parts, *call.groups_and_heads),
     )  # fmt: skip
     d_k, d_key_map = call.through_map(k, maps[1], d_z, call.state_heads, max(count - call.shift, 0))
     if call.repeats > 1:  # a gate per query head: its heads read the same keys
@@ -347,7 +363,7 @@ def backward(
     if d_decay is not None or d_enter is not None:
         launch(
             triton_backward.gate_gradients, (-(-k.shape[1] // 64), call.rows), call.form,
-            (d_sums, d_weight, d_decay, d_enter, count, inputs.lag, inputs.offset, call.state_heads),
+            (d_sums, d_weight, d_decay, d_enter), (count, inputs.lag, inputs.offset, call.state_heads),
             {"C": 64, "BLOCK": 128}, num_warps=1,
         )  # fmt: skip
     return Gradients(
@@ -367,6 +383,6 @@ def deltas(y: Tensor, d_y: Tensor, d_log_mass: Tensor | None) -> Tensor:
     """dy.y - dlog_mass, [B, T, H]."""
     delta = torch.empty(y.shape[:3], dtype=torch.float32, device=y.device)
     sizes = {"V": y.shape[3], "BV": power_of_2(y.shape[3]), "ROWS": 64}
-    arguments = (y, d_y, d_log_mass, delta, delta.numel())
-    launch(triton_backward.deltas, (-(-delta.numel() // 64),), decisive(y, d_y, d_log_mass), arguments, sizes)
+    pointers, numbers = (y, d_y, d_log_mass, delta), (delta.numel(),)
+    launch(triton_backward.deltas, (-(-delta.numel() // 64),), decisive(y, d_y, d_log_mass), pointers, numbers, sizes)
     return delta

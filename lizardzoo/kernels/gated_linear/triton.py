@@ -15,7 +15,7 @@ weight, which all heads of a group share: no maximum over scores, one exponentia
 anything: each row is taken relative to its largest feature, each feature of S to its largest entry. Nothing is summed
 in an order that the launch decides: results are deterministic.
 
-Logarithms are in units of log 2 in here, map weights come times log2(e): exp2 is one instruction, exp five.
+Logarithms are in units of log 2 in here: exp2 is one instruction, exp five.
 """
 
 from __future__ import annotations
@@ -61,6 +61,22 @@ def _put_tokens(base, value, start, stride, end, width: tl.constexpr, C: tl.cons
 
 
 @triton.jit
+def _vector(base, start, stride, end, other, C: tl.constexpr):
+    """[C] of the tokens start .. start + C where each has one number; `other` from token `end` on. Offsets as above: 64
+    bits for each would take 32 registers where a vector lies along the columns of a tile."""
+    i = tl.arange(0, C)
+    base += (start * tl.full([], 1, tl.int64)) * stride
+    return tl.load(base + i * stride, mask=i + start < end, other=other)
+
+
+@triton.jit
+def _put_vector(base, value, start, stride, end, C: tl.constexpr):
+    i = tl.arange(0, C)
+    base += (start * tl.full([], 1, tl.int64)) * stride
+    tl.store(base + i * stride, value, mask=i + start < end)
+
+
+@triton.jit
 def _half(base, half, rows: tl.constexpr, F: tl.constexpr, WIDTH: tl.constexpr, R: tl.constexpr, BF: tl.constexpr):
     """Columns half * F .. half * F + F of a matrix [rows, WIDTH], padded with zeros to [R, BF]."""
     r, f = tl.arange(0, R)[:, None], tl.arange(0, BF)[None, :]
@@ -88,30 +104,21 @@ def _dot_turned(a, b, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def _map(
-    maps, D: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, MAP: tl.constexpr, TERMS: tl.constexpr
-):
-    """A map's terms, [BD, BF] each: both the same where there is one. Without a map, nothing that is read."""
+def _map(maps, D: tl.constexpr, F: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, MAP: tl.constexpr):
+    """A map W [BD, BF]; without a map, nothing that is read."""
     if MAP == "none":
-        high = tl.zeros([BD, BF], tl.float32)
-        low = high
+        return tl.zeros([BD, BF], tl.float32)
     else:
-        high, low = _half(maps, 0, D, F, F, BD, BF), _half(maps + (TERMS - 1) * D * F, 0, D, F, F, BD, BF)
-    return high, low
+        return _half(maps, 0, D, F, F, BD, BF)
 
 
 @triton.jit
-def _logits(x, high, low, MAP: tl.constexpr, LOGITS: tl.constexpr):
-    """z = x W in units of log 2, from x [C, D] and both terms of W; without a map, x itself.
-
-    A bf16 x meets the fp32 weights as two bf16 terms: as exact as tf32, and faster.
-    """
+def _logits(x, w, MAP: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
+    """z = x W in units of log 2, from x [C, D]; without a map, from x itself."""
     if MAP == "none":
         return x.to(tl.float32) * LOG2E
-    elif LOGITS == "bf16x2":
-        return tl.dot(x, low, tl.dot(x, high))
     else:
-        return tl.dot(x.to(tl.float32), high, input_precision=LOGITS)
+        return _dot(x, w, OPERAND, PRECISION) * LOG2E
 
 
 @triton.jit
@@ -174,13 +181,13 @@ def _documents(document, row, n, T, C: tl.constexpr, PACKED: tl.constexpr):
 
 
 @triton.jit
-def _pairs(queries, keys, here, C: tl.constexpr, PACKED: tl.constexpr):
-    """The sums of two logarithms [query, key] of a chunk; -inf where a query does not see a key."""
+def _pairs(rows, columns, here, C: tl.constexpr, PACKED: tl.constexpr, TURNED: tl.constexpr):
+    """Sums of two logarithms [query, key] of a chunk, TURNED [key, query]; -inf where a query does not see a key."""
     i = tl.arange(0, C)
-    seen = i[:, None] >= i[None, :]
+    seen = i[:, None] <= i[None, :] if TURNED else i[:, None] >= i[None, :]
     if PACKED:
         seen = seen & (here[:, None] == here[None, :])
-    return tl.where(seen, queries[:, None] + keys[None, :], NEG_INF)
+    return tl.where(seen, rows[:, None] + columns[None, :], NEG_INF)
 
 
 @triton.jit
@@ -217,24 +224,6 @@ def _scale(scale, at, half, F: tl.constexpr, BF: tl.constexpr, SCALES: tl.conste
     else:
         f = tl.arange(0, BF)
         return tl.load(scale + at * SCALES + half * F + f, mask=f < F, other=NEG_INF)
-
-
-@triton.jit
-def split_maps(query, key, to_query, to_key, queries, keys, size, TERMS: tl.constexpr, BLOCK: tl.constexpr):
-    """Map weights [heads, D, F] times log2(e); as two bf16 terms [heads, 2, D, F] where TERMS = 2."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    if tl.program_id(1) == 0:
-        source, target, count = query, to_query, queries
-    else:
-        source, target, count = key, to_key, keys
-    w = tl.load(source + i, mask=i < count, other=0.0) * LOG2E
-    place = i + i // size * size * (TERMS - 1)
-    if TERMS == 2:
-        high = w.to(tl.bfloat16)
-        tl.store(target + place + size, (w - high.to(tl.float32)).to(tl.bfloat16), mask=i < count)
-        tl.store(target + place, high, mask=i < count)
-    else:
-        tl.store(target + place, w, mask=i < count)
 
 
 @triton.jit(do_not_specialize=["T", "lag", "offset", "skip"])
@@ -283,7 +272,7 @@ def chunk_states(
     k, v, sums, weight, document, maps, kv, norm, scale, carry, kb, kt, kh, vb, vt, vh, map_heads, T, N, shift, HS, R,
     D: tl.constexpr, F: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, HALVES: tl.constexpr, MAP: tl.constexpr, SCALES: tl.constexpr, PACKED: tl.constexpr,
-    TERMS: tl.constexpr, LOGITS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """What a chunk adds to the state: sum_t exp(e - c_t + weight_t) phi_k(t) [v_t, 1], and its decay `carry`."""
     n, bh = tl.program_id(0), tl.program_id(1)
@@ -295,8 +284,8 @@ def chunk_states(
     start = n * C - shift
     value = _tokens(v + row * vb + key * vh, start, vt, T - shift, V, C, BV)
     x = _tokens(k + row * kb + key * kh, start, kt, T - shift, D, C, BD)
-    high, low = _map(maps + (key % map_heads) * TERMS * D * F, D, F, BD, BF, MAP, TERMS)
-    z = _logits(x, high, low, MAP, LOGITS)
+    w = _map(maps + (key % map_heads) * D * F, D, F, BD, BF, MAP)
+    z = _logits(x, w, MAP, OPERAND, PRECISION)
     exponent = tl.where(here == last, total - c + enter, NEG_INF)
     top = tl.max(exponent, 0)
     at = bh.to(tl.int64) * N + n
@@ -404,7 +393,7 @@ def outputs(
     qb, qt, qh, kb, kt, kh, vb, vt, vh, query_map_heads, key_map_heads, T, N, shift, G, HS, R,
     D: tl.constexpr, F: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, HALVES: tl.constexpr, MAP: tl.constexpr, SCALES: tl.constexpr, PACKED: tl.constexpr,
-    TERMS: tl.constexpr, LOGITS: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """y and log_mass of a chunk, for the G query heads that share a state.
 
@@ -413,13 +402,13 @@ def outputs(
     """
     n, bh = tl.program_id(0), tl.program_id(1)
     row, head = (bh // HS).to(tl.int64), bh % HS
-    key, i, start = head // R, n * C + tl.arange(0, C), n * C - shift
+    key, start = head // R, n * C - shift
     F2: tl.constexpr = F * HALVES
     c, _, enter = _read_gates(sums, weight, bh, n, T, C)
     here, before, _ = _documents(document, row, n, T, C, PACKED)
     x = _tokens(k + row * kb + key * kh, start, kt, T - shift, D, C, BD)
-    high, low = _map(key_maps + (key % key_map_heads) * TERMS * D * F, D, F, BD, BF, MAP, TERMS)
-    z = _logits(x, high, low, MAP, LOGITS)
+    w = _map(key_maps + (key % key_map_heads) * D * F, D, F, BD, BF, MAP)
+    z = _logits(x, w, MAP, OPERAND, PRECISION)
     peak = _peak(z, F, BF, C, MAP)
     keys = enter + peak - c
     value = _tokens(v + row * vb + key * vh, start, vt, T - shift, V, C, BV)
@@ -427,9 +416,11 @@ def outputs(
     # operands that all heads share, made once
     first_k = _operand(_features(z, peak, 0, F, BF, MAP), OPERAND)
     second_k = _operand(_features(z, peak, HALVES - 1, F, BF, MAP), OPERAND)
-    first_memory, first_mass = _state_operands(kv, norm, at, 0, F, F2, V, BF, BV, OPERAND, 1)
-    second_memory, second_mass = _state_operands(kv, norm, at, HALVES - 1, F, F2, V, BF, BV, OPERAND, 1)
-    top = tl.max(_pairs(c, keys, here, C, PACKED), 1)
+    HELD: tl.constexpr = OPERAND == "bf16"  # shared memory does not hold fp32 ones over the loop
+    if HELD:
+        first_memory, first_mass = _state_operands(kv, norm, at, 0, F, F2, V, BF, BV, OPERAND, 1)
+        second_memory, second_mass = _state_operands(kv, norm, at, HALVES - 1, F, F2, V, BF, BV, OPERAND, 1)
+    top = tl.max(_pairs(c, keys, here, C, PACKED, False), 1)
     reads = tl.where(here == before, c, NEG_INF)
     if SCALES == 1:
         reads += tl.load(scale + at)
@@ -437,47 +428,42 @@ def outputs(
     top = _finite(top)
     for g in range(G):
         own = head * G + g
-        place = (row * T + i) * (HS * G) + own
+        place = row * T * (HS * G) + own
         x = _tokens(q + row * qb + own * qh, n * C, qt, T, D, C, BD)
-        high, low = _map(query_maps + (own % query_map_heads) * TERMS * D * F, D, F, BD, BF, MAP, TERMS)
+        w = _map(query_maps + (own % query_map_heads) * D * F, D, F, BD, BF, MAP)
         if near_y is not None:  # read early: nothing may be read past a product that is waited for
-            near = tl.load(near_mass + place, mask=i < T, other=NEG_INF) * LOG2E
+            near = _vector(near_mass + place, n * C, HS * G, T, NEG_INF, C) * LOG2E
             add = _tokens(near_y + row * T * (HS * G * V) + own * V, n * C, HS * G * V, T, V, C, BV)
             shift_by = tl.zeros([C], tl.float32)
             if log_scale is not None:
-                shift_by = tl.load(log_scale + place, mask=i < T, other=0.0) * LOG2E
-        z = _logits(x, high, low, MAP, LOGITS)
+                shift_by = _vector(log_scale + place, n * C, HS * G, T, 0.0, C) * LOG2E
+        z = _logits(x, w, MAP, OPERAND, PRECISION)
         peak = _peak(z, F, BF, C, MAP)
         base = top + peak  # what this row is relative to
-        first = _operand(_features(z, peak, 0, F, BF, MAP), OPERAND)
-        score = _dot_turned(first, first_k, OPERAND, PRECISION)
-        second = first
-        if HALVES == 2:
-            second = _operand(_features(z, peak, 1, F, BF, MAP), OPERAND)
-            score += _dot_turned(second, second_k, OPERAND, PRECISION)
-        read = reads - base
-        if SCALES == 1:
-            read = tl.exp2(read)
-        else:
-            size = _scale(scale, at, 0, F, BF, SCALES)
-            other = _scale(scale, at, HALVES - 1, F, BF, SCALES)
-            base = tl.maximum(base, tl.max(_signed(z, 0, F, BF) + size[None, :], 1) + reads)
-            if HALVES == 2:
-                base = tl.maximum(base, tl.max(_signed(z, 1, F, BF) + other[None, :], 1) + reads)
-            first = tl.exp2(_signed(z, 0, F, BF) + size[None, :] + (reads - base)[:, None])
-            second = tl.exp2(_signed(z, HALVES - 1, F, BF) + other[None, :] + (reads - base)[:, None])
-        score *= tl.exp2(_pairs(c + peak - base, keys, here, C, PACKED))
+        if SCALES > 1:
+            for half in tl.static_range(HALVES):
+                size = _scale(scale, at, half, F, BF, SCALES)
+                base = tl.maximum(base, tl.max(_signed(z, half, F, BF) + size[None, :], 1) + reads)
+        score = tl.zeros([C, C], tl.float32)
+        masses = tl.zeros([C, 16], tl.float32)
+        total = tl.zeros([C, BV], tl.float32)
+        for half in tl.static_range(HALVES):
+            phi = _operand(_features(z, peak, half, F, BF, MAP), OPERAND)
+            score += _dot_turned(phi, first_k if half == 0 else second_k, OPERAND, PRECISION)
+            if SCALES > 1:
+                size = _scale(scale, at, half, F, BF, SCALES)
+                phi = tl.exp2(_signed(z, half, F, BF) + size[None, :] + (reads - base)[:, None])
+            if HELD:
+                memory, norms = (first_memory, first_mass) if half == 0 else (second_memory, second_mass)
+            else:
+                memory, norms = _state_operands(kv, norm, at, half, F, F2, V, BF, BV, OPERAND, 1)
+            masses += _dot_turned(phi, norms, OPERAND, PRECISION)
+            total += _dot_turned(phi, memory, OPERAND, PRECISION)
+        score *= tl.exp2(_pairs(c + peak - base, keys, here, C, PACKED, False))
         mass = tl.sum(score, 1)
         score = _operand(score, OPERAND)
-        if OPERAND != "bf16":  # shared memory cannot hold both over the loop
-            first_memory, first_mass = _state_operands(kv, norm, at, 0, F, F2, V, BF, BV, OPERAND, 1)
-            second_memory, second_mass = _state_operands(kv, norm, at, HALVES - 1, F, F2, V, BF, BV, OPERAND, 1)
-        masses = _dot_turned(first, first_mass, OPERAND, PRECISION)
-        total = _dot_turned(first, first_memory, OPERAND, PRECISION)
-        if HALVES == 2:
-            masses += _dot_turned(second, second_mass, OPERAND, PRECISION)
-            total += _dot_turned(second, second_memory, OPERAND, PRECISION)
         if SCALES == 1:
+            read = tl.exp2(reads - base)
             total *= read[:, None]
             mass += tl.sum(masses, 1) * read
         else:
@@ -496,4 +482,4 @@ def outputs(
             total += add.to(tl.float32) * share[:, None]
         _put_tokens(y + row * T * (HS * G * V) + own * V, total * inverse[:, None], n * C, HS * G * V, T, V, C, BV)
         log_total = tl.where(mass == 0, NEG_INF, (tl.log2(tl.where(mass == 0, 1.0, mass)) + base) * LN2)
-        tl.store(log_mass + place, log_total, mask=i < T)
+        _put_vector(log_mass + place, log_total, n * C, HS * G, T, C)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lizardzoo.kernels.launching import unit_stride
+from lizardzoo.kernels.launching import decisive, launch, strides, unit_stride
 from lizardzoo.kernels.rotary import triton as kernels
 
 INTERPRETED = kernels.INTERPRETED.value  # TRITON_INTERPRET=1
@@ -16,11 +16,10 @@ TILE = 128 if INTERPRETED else 1024
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """See `lizardzoo.kernels.rotary.rotate`."""
-    return _rotate(q, k, cos, sin, False)
+    return (_rotate if torch.compiler.is_compiling() else _Rotate.apply)(q, k, cos, sin, False)
 
 
-@torch.library.custom_op("lizardzoo::rotate", mutates_args=())
-def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+def compute(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
     """q and k rotated forth, or back by the transpose."""
     q, k, cos, sin = (unit_stride(x) for x in (q, k, cos, sin))
     q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
@@ -30,11 +29,15 @@ def _rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) ->
     grid = batch * (-(-count * heads // rows) - (-count * kv_heads // rows))
     tables = [stride for x in (cos, sin) for stride in (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1))]
     if grid:
-        kernels.rotate_kernel[(grid,)](
-            q, k, cos, sin, q_out, k_out, count, *q.stride()[:3], *k.stride()[:3], *tables,
-            H=heads, HKV=kv_heads, HALF=dim // 2, TRANSPOSED=transposed, ROWS=rows, BLOCK=block,
+        launch(
+            kernels.rotate_kernel, (grid,), (*decisive(q, k, cos, sin), *tables), (q, k, cos, sin, q_out, k_out),
+            (count, *strides(q, k), *tables),
+            {"H": heads, "HKV": kv_heads, "HALF": dim // 2, "TRANSPOSED": transposed, "ROWS": rows, "BLOCK": block},
         )  # fmt: skip
     return q_out, k_out
+
+
+_rotate = torch.library.custom_op("lizardzoo::rotate", compute, mutates_args=())
 
 
 @_rotate.register_fake
@@ -53,3 +56,17 @@ def _autograd(ctx, dq, dk):
 
 
 _rotate.register_autograd(_autograd, setup_context=_setup_context)
+
+
+class _Rotate(torch.autograd.Function):
+    """The same without an operator's slow way through torch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = compute(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx, dq, dk):
+        return *_Rotate.apply(dq, dk, *ctx.saved_tensors, not ctx.transposed), None, None, None

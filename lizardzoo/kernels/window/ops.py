@@ -3,10 +3,12 @@
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from lizardzoo.errors import LizardzooError
 from lizardzoo.kernels.launching import decisive, launch, power_of_2, strides, unit_stride
@@ -87,7 +89,7 @@ def attend(q, k, v, sink, first, lengths, window, keep, offset, scale):
     launch(
         kernels.forward_kernel, (batch * k.shape[2] * _cdiv(count * (heads // k.shape[2]), tiles["M"]),),
         (*decisive(q, k, v), sink is None, first is None, lengths is None),
-        (q, k, v, sink, first, lengths, y, log_mass, count, window, keep, offset, scale, *strides(q, k, v)),
+        (q, k, v, sink, first, lengths, y, log_mass), (count, window, keep, offset, scale, *strides(q, k, v)),
         {**_sizes(q, k, v, first), "KEEP": keep > 0, **tiles, "R": KEPT_BLOCK}, **options,
     )  # fmt: skip
     return y, log_mass
@@ -121,7 +123,7 @@ def gradients(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, window,
     tiles, options = _tiles("query", q, v)
     launch(
         kernels.query_gradient_kernel, (batch * kv_heads * _cdiv(count * groups, tiles["M"]),), form,
-        (q, k, v, first, lengths, y, log_mass, dy, dlog_mass, delta, dq, *numbers),
+        (q, k, v, first, lengths, y, log_mass, dy, dlog_mass, delta, dq), numbers,
         {**sizes, "KEEP": keep > 0, **tiles, "R": KEPT_BLOCK}, **options,
     )  # fmt: skip
     chunks = _cdiv(count, CHUNK) - 1 if keep else 0
@@ -132,12 +134,12 @@ def gradients(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, window,
     if chunks:
         launch(
             kernels.kept_gradient_kernel, (batch * kv_heads * chunks * _cdiv(keep, KEPT_BLOCK),), form,
-            (q, k, v, first, lengths, log_mass, dy, delta, part_k, part_v, *numbers),
+            (q, k, v, first, lengths, log_mass, dy, delta, part_k, part_v), numbers,
             {**sizes, "M": tiles["M"], "R": KEPT_BLOCK, "C": CHUNK}, **options,
         )  # fmt: skip
     launch(
         kernels.key_gradient_kernel, (batch * kv_heads * _cdiv(offset + count, tiles["N"]),), form,
-        (q, k, v, first, lengths, log_mass, dy, delta, part_k, part_v, dk, dv, *numbers),
+        (q, k, v, first, lengths, log_mass, dy, delta, part_k, part_v, dk, dv), numbers,
         {**sizes, "KEEP": keep > 0, **tiles, "C": CHUNK}, **options,
     )  # fmt: skip
     if sink is None:
@@ -146,16 +148,19 @@ def gradients(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, window,
     return dq, dk, dv, -torch.where(share > 0, share * delta, 0.0).sum((0, 1)), delta
 
 
-@torch.library.custom_op(
+def compute_backward(q, *arguments):
+    """Gradients of q, k, v, and of sink (empty without one)."""
+    dq, dk, dv, dsink, _ = gradients(q, *arguments)
+    return dq, dk, dv, q.new_empty(0, dtype=torch.float32) if dsink is None else dsink
+
+
+_backward = torch.library.custom_op(
     "lizardzoo::window_attention_backward",
+    compute_backward,
     mutates_args=(),
     schema=f"({SIGNATURE}, Tensor y, Tensor log_mass, Tensor dy, Tensor? dlog_mass, {NUMBERS})"
     " -> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _backward(q, *arguments):
-    """Gradients of q, k, v, and of sink (empty without one)."""
-    dq, dk, dv, dsink, _ = gradients(q, *arguments)
-    return dq, dk, dv, q.new_empty(0, dtype=torch.float32) if dsink is None else dsink
 
 
 @_backward.register_fake
@@ -170,15 +175,30 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, dy, dlog_mass):
+def _autograd(backward, ctx, dy, dlog_mass):
     q, k, v, sink, first, lengths, y, log_mass = ctx.saved_tensors
     if dy is None:
         dy = torch.zeros_like(y)
-    dq, dk, dv, dsink = _backward(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, *ctx.numbers)
+    dq, dk, dv, dsink = backward(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, *ctx.numbers)
     return dq, dk, dv, None if sink is None else dsink, *[None] * 6
 
 
-_attention.register_autograd(_autograd, setup_context=_setup_context)
+_attention.register_autograd(partial(_autograd, _backward), setup_context=_setup_context)
+
+
+class _Attention(torch.autograd.Function):
+    """The same without an operator's slow way through torch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = attend(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dlog_mass):
+        return _autograd(compute_backward, ctx, dy, dlog_mass)
 
 
 class Placed(NamedTuple):
@@ -219,7 +239,8 @@ def chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_sta
         rows = arrange(q, mask, starts, None if state is None else state.length)
         q, k, v = rows.pack(q), rows.pack(k), rows.pack(v)
     *near, offset = place(k, v, sinks, q.shape[2], rows, starts is not None, state)
-    y, log_mass = _attention(q, *near, window, keep, offset, float(scale))
+    run = _attention if torch.compiler.is_compiling() else _Attention.apply
+    y, log_mass = run(q, *near, window, keep, offset, float(scale))
     new_state = next_state(k, v, rows, state, window, keep) if return_state else None
     if rows is not None:
         y, log_mass = rows.unpack(y), rows.unpack(log_mass)
