@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from lizardzoo.adapters import ADAPTERS, Adapter, is_new_parameter, softmax_mode
+from lizardzoo.adapters import ADAPTERS, is_new_parameter, softmax_mode
 from lizardzoo.config import SpecLike, resolve_layers
 from lizardzoo.errors import LizardzooError
 
@@ -63,7 +63,7 @@ def linearize(
     source = None
     if isinstance(model, (str, Path)):
         source = str(model)
-        config = AutoConfig.from_pretrained(source)
+        config = read_config(source)
         adapter = find_adapter(config)
         specs = resolve_layers(layers, config.num_hidden_layers)  # a wrong list costs no download
         with _readable_weights(source):
@@ -76,7 +76,7 @@ def linearize(
 
     config = _convert_config(model.config, adapter, [spec.to_dict() for spec in specs])
     with no_init_weights():  # mixers have their start values; all else is copied
-        student = adapter.model_class._from_config(config, dtype=dtype or model.dtype).to(model.device)
+        student = adapter._from_config(config, dtype=dtype or model.dtype).to(model.device)
     student.tie_weights()
     student.conversion_report = _copy_weights(model, student)
     student.generation_config = copy.deepcopy(model.generation_config)
@@ -92,7 +92,7 @@ def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
     Raises:
         LizardzooError: the checkpoint is not a linearized one, or its parameters are not exactly the model's.
     """
-    config = AutoConfig.from_pretrained(str(name_or_path), **_hub_kwargs(kwargs))
+    config = read_config(name_or_path, **_hub_kwargs(kwargs))
     adapter = next((a for a in map(ADAPTERS.get, ADAPTERS) if a.config_class.model_type == config.model_type), None)
     if adapter is None:
         raise LizardzooError(
@@ -100,7 +100,7 @@ def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
             f"make one with lizardzoo.linearize({str(name_or_path)!r})"
         )
     with _readable_weights(name_or_path):
-        model, info = adapter.model_class.from_pretrained(str(name_or_path), output_loading_info=True, **kwargs)
+        model, info = adapter.from_pretrained(str(name_or_path), output_loading_info=True, **kwargs)
     problems = [
         f"{len(names)} {what} (first: {sorted(map(str, names))[0]})"
         for what, names in (
@@ -118,8 +118,14 @@ def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
     return model
 
 
-def find_adapter(config: PreTrainedConfig) -> Adapter:
-    """The adapter of a teacher's config."""
+def read_config(source: str | Path, **kwargs: Any) -> PreTrainedConfig:
+    """The config of a model, linearized or not; plug-ins first: transformers may not know their families."""
+    ADAPTERS.names()
+    return AutoConfig.from_pretrained(str(source), **kwargs)
+
+
+def find_adapter(config: PreTrainedConfig) -> Any:
+    """The linearized class for a teacher's config."""
     if config.model_type not in ADAPTERS:
         for name in ADAPTERS:
             if ADAPTERS.get(name).config_class.model_type == config.model_type:
@@ -151,7 +157,7 @@ def calibrate_mixers(student: Any, token_ids: Tensor) -> None:
             handle.remove()
 
 
-def _convert_config(teacher: PreTrainedConfig, adapter: Adapter, layers: list[dict[str, Any]]) -> Any:
+def _convert_config(teacher: PreTrainedConfig, adapter: Any, layers: list[dict[str, Any]]) -> Any:
     """The linearized config. Explicit: a plain `from_pretrained` of the other class would keep the wrong model_type."""
     fields = teacher.to_dict()
     for name in ("model_type", "architectures", "layer_types", "transformers_version", "quantization_config"):

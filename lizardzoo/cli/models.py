@@ -14,12 +14,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lizardzoo.cli.base import err, one_line
 from lizardzoo.config import PRESETS, MixerSpec, resolve_layers
 from lizardzoo.errors import LizardzooError
-from lizardzoo.linearize import from_pretrained
+from lizardzoo.linearize import from_pretrained, read_config
 from lizardzoo.mixers.softmax import Softmax
 
 
@@ -55,7 +55,7 @@ def loading(name: str) -> Iterator[None]:
 def load_config(name: str) -> Any:
     """The config of a model, linearized or not."""
     with loading(name):
-        return AutoConfig.from_pretrained(name)
+        return read_config(name)
 
 
 def load_model(name: str, dtype: Dtype = Dtype.auto, device: str = "auto") -> Any:

@@ -105,7 +105,7 @@ def _values(hint: Any) -> str:
 def _architectures() -> Table:
     table = _table("architectures: model types that can be linearized", "teacher", "linearized")
     for name in ADAPTERS:
-        table.add_row(name, ADAPTERS.get(name).model_class.__name__)
+        table.add_row(name, ADAPTERS.get(name).__name__)
     return table
 
 
