@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
 from lizardzoo.adapters import ADAPTERS, is_new_parameter, softmax_mode
@@ -46,10 +54,10 @@ def linearize(
     """A linearized copy of a teacher.
 
     Args:
-        model: a loaded causal LM, or the id or folder of one. It is left untouched.
+        model: a loaded causal LM, or the id, folder or GGUF file of one. It is left untouched.
         layers: one spec, preset name or dict per layer, or one for all layers.
         calibrate: text, or token ids [B, T], on which mixers set their start values from the teacher's own attention
-            (text needs `tokenizer`, or a `model` given by id or folder). None: sensible constants.
+            (text needs `tokenizer`, or a `model` given by id, folder or file). None: sensible constants.
         tokenizer: for `calibrate`.
         dtype: of the copied weights; the teacher's unless given. New parameters are fp32 always.
 
@@ -66,8 +74,7 @@ def linearize(
         config = read_config(source)
         adapter = find_adapter(config)
         specs = resolve_layers(layers, config.num_hidden_layers)  # a wrong list costs no download
-        with _readable_weights(source):
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+        model = _load_teacher(source, dtype)
     else:
         adapter = find_adapter(model.config)
         specs = resolve_layers(layers, model.config.num_hidden_layers)
@@ -121,7 +128,46 @@ def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
 def read_config(source: str | Path, **kwargs: Any) -> PreTrainedConfig:
     """The config of a model, linearized or not; plug-ins first: transformers may not know their families."""
     ADAPTERS.names()
-    return AutoConfig.from_pretrained(str(source), **kwargs)
+    place, file = _place(source)
+    with _readable_weights(source):
+        return AutoConfig.from_pretrained(place, **file, **kwargs)
+
+
+def read_tokenizer(source: str | Path) -> Any:
+    """The tokenizer beside a model, or in its GGUF file."""
+    place, file = _place(source)
+    return AutoTokenizer.from_pretrained(place, **file)
+
+
+def _place(source: str | Path) -> tuple[str, dict[str, Any]]:
+    """Where transformers looks for a model, and the argument that names a GGUF file in there."""
+    path = Path(source)
+    if path.suffix != ".gguf":
+        return str(source), {}
+    if not path.is_file():
+        raise LizardzooError(f"there is no GGUF file {source}; give the path of one, or a folder or Hub id")
+    if importlib.util.find_spec("gguf") is None:
+        raise LizardzooError(f"reading {source} needs the package gguf, which is not installed; pip install gguf")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def _load_teacher(source: str, dtype: torch.dtype | None) -> Any:
+    """A causal LM from a folder, the Hub or a GGUF file, whose weights become plain ones."""
+    place, file = _place(source)
+    if file:
+        file["quantization_config"] = GgufConfig(dequantize=True)
+    with _readable_weights(source):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype or "auto", output_loading_info=True, **file
+        )
+    if missing := sorted(info["missing_keys"]):  # transformers has made them up
+        raise LizardzooError(
+            f"the checkpoint {source} lacks {len(missing)} of its parameters (first: {missing[0]}); "
+            f"download or save it again"
+        )
+    if file:
+        model.config._name_or_path = source  # there it is the title inside the file
+    return model
 
 
 def find_adapter(config: PreTrainedConfig) -> Any:
@@ -197,9 +243,7 @@ def _tokenize(text: str, tokenizer: Any, source: str | None) -> Tensor:
             raise LizardzooError(
                 "calibrate is a text, which needs a tokenizer; pass tokenizer=..., or token ids [B, T]"
             )
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = read_tokenizer(source)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]
     length = min(CALIBRATION_LENGTH, len(ids))
     count = max(1, min(len(ids), CALIBRATION_TOKENS) // length) if length else 0
@@ -215,6 +259,12 @@ def _readable_weights(source: str | Path) -> Iterator[None]:
     except SafetensorError as error:
         raise LizardzooError(
             f"a weight file of {source} is damaged or cut short ({error}); download or save the checkpoint again"
+        ) from error
+    except ValueError as error:
+        if Path(source).suffix != ".gguf":
+            raise
+        raise LizardzooError(
+            f"transformers cannot read the GGUF file {source} ({error}); is it complete, and of a model it knows?"
         ) from error
 
 

@@ -68,7 +68,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "tokenizers": {"smollm2"},
     "gguf": {"smollm2"},
     "filelock": {"smollm2"},
-    "peft": {"distill"},
+    "peft": {"distill", "testing"},
     "accelerate": {"distill"},
     "datasets": {"distill", "evaluate"},
     "matplotlib": {"distill", "evaluate", "diagnose"},

@@ -131,9 +131,14 @@ class MixedAttention(nn.Module):
         self.mixer = None
         self.runs_softmax = spec.keeps_softmax  # `softmax_mode` sets it for a while
         if not spec.keeps_softmax:
-            self.mixer = spec.build(attention_shape(config))
+            self.mixer = spec.build(self.attention_shape(config))
             if config.own_layer_types[layer_idx] == "sliding_attention":
                 self.sliding_window = config.sliding_window  # for `softmax_forward`
+
+    def attention_shape(self, config: Any) -> AttentionShape:
+        """The shape of what the mixer replaces."""
+        sizes: Any = (self.head_dim, self.scaling)  # the family's own, which its config need not hold
+        return AttentionShape(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, *sizes)
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, D], k, v [B, T, Hkv, D], before RoPE."""
@@ -380,18 +385,6 @@ def softmax_mode(model: Any) -> Iterator[None]:
     finally:
         for attention, flag in before:
             attention.runs_softmax = flag
-
-
-def attention_shape(config: Any) -> AttentionShape:
-    """The shape of a family's attention from its config."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return AttentionShape(
-        hidden_size=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
-        scale=head_dim**-0.5,
-    )
 
 
 def _without_cache(use_cache: bool | None) -> bool:

@@ -14,12 +14,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from lizardzoo.cli.base import err, one_line
 from lizardzoo.config import PRESETS, MixerSpec, resolve_layers
 from lizardzoo.errors import LizardzooError
-from lizardzoo.linearize import from_pretrained, read_config
+from lizardzoo.linearize import from_pretrained, read_config, read_tokenizer
 from lizardzoo.mixers.softmax import Softmax
 
 
@@ -75,7 +75,7 @@ def load_model(name: str, dtype: Dtype = Dtype.auto, device: str = "auto") -> An
 def load_tokenizer(name: str) -> Any:
     """The tokenizer beside a model."""
     with loading(f"{name} (tokenizer)"):
-        return AutoTokenizer.from_pretrained(name)
+        return read_tokenizer(name)
 
 
 def is_linearized(config: Any) -> bool:

@@ -41,6 +41,11 @@ class Hybrid(LinearFields, WindowFields):
     alpha: Literal["layer", "head"] | None = "layer"
     log_scale: Literal["token", "head"] | None = "token"
 
+    @property
+    def exact_within(self) -> int:
+        alone = self.merge == "joint" and self.disjoint  # there the window has all tokens and the whole denominator
+        return self.window if alone and self.window_rope and not self.sinks else 0
+
     def build(self, shape: AttentionShape) -> HybridMixer:
         return HybridMixer(self, shape)
 

@@ -19,6 +19,14 @@ from lizardzoo.mixers.merge import Branch
 class Window(WindowFields):
     """Softmax over a sliding window; on a prompt that fits the window it is the teacher (RoPE, no sinks)."""
 
+    @property
+    def exact_within(self) -> int:
+        return self.window if self.window_rope and not self.sinks else 0
+
+    @property
+    def reach(self) -> int | None:
+        return self.window if self.keep == 0 else None
+
     def build(self, shape: AttentionShape) -> WindowMixer:
         return WindowMixer(self, shape)
 
