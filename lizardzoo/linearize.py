@@ -74,7 +74,7 @@ def linearize(
         config = read_config(source)
         adapter = find_adapter(config)
         specs = resolve_layers(layers, config.num_hidden_layers)  # a wrong list costs no download
-        model = _load_teacher(source, dtype)
+        model = load_teacher(source, dtype or "auto")
     else:
         adapter = find_adapter(model.config)
         specs = resolve_layers(layers, model.config.num_hidden_layers)
@@ -151,22 +151,20 @@ def _place(source: str | Path) -> tuple[str, dict[str, Any]]:
     return str(path.parent), {"gguf_file": path.name}
 
 
-def _load_teacher(source: str, dtype: torch.dtype | None) -> Any:
-    """A causal LM from a folder, the Hub or a GGUF file, whose weights become plain ones."""
+def load_teacher(source: str | Path, dtype: torch.dtype | str = "auto") -> Any:
+    """A causal LM from a folder, the Hub or a GGUF file (whose weights become plain ones), with all its parameters."""
     place, file = _place(source)
     if file:
         file["quantization_config"] = GgufConfig(dequantize=True)
     with _readable_weights(source):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype or "auto", output_loading_info=True, **file
-        )
+        model, info = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True, **file)
     if missing := sorted(info["missing_keys"]):  # transformers has made them up
         raise LizardzooError(
             f"the checkpoint {source} lacks {len(missing)} of its parameters (first: {missing[0]}); "
             f"download or save it again"
         )
     if file:
-        model.config._name_or_path = source  # there it is the title inside the file
+        model.config._name_or_path = str(source)  # there it is the title inside the file
     return model
 
 
@@ -259,6 +257,13 @@ def _readable_weights(source: str | Path) -> Iterator[None]:
     except SafetensorError as error:
         raise LizardzooError(
             f"a weight file of {source} is damaged or cut short ({error}); download or save the checkpoint again"
+        ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise LizardzooError(
+            f"the weights of {source} do not have the shapes its config says (the log lists them); "
+            f"correct the config, or convert the checkpoint again"
         ) from error
     except ValueError as error:
         if Path(source).suffix != ".gguf":

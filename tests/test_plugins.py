@@ -21,7 +21,6 @@ from lizardzoo.config import MIXERS, spec_from_dict
 from lizardzoo.testing import MODEL_LAWS, check_mixer, check_model_law, tiny_teacher
 from tests.adapters.test_conformance import QUICK
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's
 SOURCE = Path(__file__).parent / "plugin" / "toy_mixer.py"
 FAMILY = Path(__file__).parent / "plugin" / "toy_family.py"
 

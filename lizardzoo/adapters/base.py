@@ -340,10 +340,9 @@ class MixedForCausalLM:
         **kwargs: Any,
     ) -> dict[str, Any]:
         """All masks of one call at sizes that do not change: `generate` asks for them before a compiled forward."""
-        cache = cache_of(kwargs)
-        masks: dict[str, Any] = {TOKEN_MASK: token_mask(attention_mask, inputs_embeds, cache)}
-        if masks[TOKEN_MASK] is None:  # always there: a compiled forward is made for one of both
-            masks[TOKEN_MASK] = inputs_embeds.new_ones(inputs_embeds.shape[:2], dtype=torch.bool)
+        cache, shape = cache_of(kwargs), inputs_embeds.shape[:2]
+        real = inputs_embeds.new_ones(shape) if attention_mask is None else attention_mask[:, -shape[1] :]
+        masks: dict[str, Any] = {TOKEN_MASK: real.to(torch.bool)}  # always: a compiled forward is made for one case
         if any(attention.mixer is None for attention in self.attentions()):
             masks |= softmax_masks(config, inputs_embeds, attention_mask, position_ids, cache)
         return masks

@@ -75,6 +75,14 @@ class HybridMixer(Mixer):
         if self.alpha is not None:
             start_value(self.alpha, 1.0)
 
+    @property
+    def kernels(self) -> dict[str, tuple[int, ...]]:
+        head, both = (self.shape.head_dim,), (self.shape.head_dim, self.linear.feature_dim)
+        rotates = {"rotate": head} if self.spec.window_rope or self.spec.feature_rope else {}
+        if self._fused():
+            return rotates | {"hybrid_attention": both}
+        return rotates | {"window_attention": head, "gated_linear_attention": both}
+
     def forward(
         self, inputs: MixerInputs, state: HybridState | None = None, need_state: bool = False
     ) -> tuple[Tensor, HybridState | None]:

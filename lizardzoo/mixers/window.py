@@ -40,6 +40,11 @@ class WindowMixer(OneBranch):
         super().__init__(spec, shape)
         self.window = WindowBranch(spec, shape)
 
+    @property
+    def kernels(self) -> dict[str, tuple[int, ...]]:
+        head: tuple[int, ...] = (self.shape.head_dim,)
+        return ({"rotate": head} if self.spec.window_rope else {}) | {"window_attention": head}
+
     def branches(
         self, inputs: MixerInputs, state: WindowState | None, need_state: bool, in_place: bool = False
     ) -> tuple[dict[str, Branch], WindowState | None]:

@@ -21,8 +21,8 @@ FAMILIES = ["qwen2", "qwen3"]
 
 
 def teacher(family: str) -> Any:
-    """Of sizes that GGUF's blocks of 32 divide."""
-    return tiny_teacher(family, hidden_size=64, head_dim=16)
+    """Of sizes that GGUF's blocks of 32 divide; head_dim is what transformers takes a GGUF's Qwen3 to have."""
+    return tiny_teacher(family, hidden_size=64, head_dim={"qwen2": 16, "qwen3": 128}[family])
 
 
 def write_gguf(model: Any, path: Path, kind: gguf.GGMLQuantizationType) -> None:
@@ -92,6 +92,13 @@ def test_a_checkpoint_without_all_weights_is_refused(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path, state_dict={name: tensor for name, tensor in whole.items() if name != weights})
     with pytest.raises(LizardzooError, match=f"lacks 1 of its parameters .*{weights}"):
         lz.linearize(tmp_path)
+
+
+def test_weights_of_other_shapes_are_refused(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    write_gguf(tiny_teacher("qwen3", head_dim=16), file, gguf.GGMLQuantizationType.F32)
+    with pytest.raises(LizardzooError, match="shape"):
+        lz.linearize(file)
 
 
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:

@@ -145,7 +145,7 @@ def logits_in_pieces(model: Any, ids: Tensor, edges: Sequence[int], mask: Tensor
     return torch.cat(pieces, 1)
 
 
-def greedy(model: Any, ids: Tensor | None, count: int = 10, **options: Any) -> Tensor:
+def greedy(model: Any, ids: Tensor | None, count: int = 8, **options: Any) -> Tensor:
     """`generate` exactly `count` tokens, the likeliest ones; all of `ids` is real unless a mask says otherwise."""
     if ids is not None:  # without a mask, generate would take a pad token that was generated before for padding
         options.setdefault("attention_mask", torch.ones_like(ids))

@@ -38,16 +38,14 @@ def greedy_generation_is_the_uncached_one(data: st.DataObject, case: Case) -> No
 @model_law
 def a_left_padded_batch_generates_as_its_rows_alone(data: st.DataObject, case: Case) -> None:
     """With a dynamic and with a static cache."""
-    ids, model = case.tokens(3, 16), case.student
+    ids, model = case.tokens(2, 16), case.student
     mask = torch.ones_like(ids)
-    for row in range(2):
-        mask[row, : data.draw(st.integers(0, 15))] = 0
+    mask[0, : data.draw(st.integers(0, 15))] = 0
+    prompts = [ids[row : row + 1, mask[row].bool()] for row in range(2)]
+    alone = torch.cat([greedy(model, prompt)[:, prompt.shape[1] :] for prompt in prompts])
     for cache in ("dynamic", "static"):
-        answers = greedy(model, ids, attention_mask=mask, cache_implementation=cache)[:, 16:]
-        for row in range(3):
-            prompt = ids[row : row + 1, mask[row].bool()]
-            alone = greedy(model, prompt)[:, prompt.shape[1] :]
-            assert_same_tokens(answers[row : row + 1], alone, f"row {row}, {cache} cache")
+        answer = greedy(model, ids, attention_mask=mask, cache_implementation=cache)[:, 16:]
+        assert_same_tokens(answer, alone, f"{cache} cache")
 
 
 @model_law
@@ -65,7 +63,7 @@ def beams_and_samples_are_the_uncached_ones(data: st.DataObject, case: Case) -> 
         torch.manual_seed(7)
         samples.append(
             model.generate(
-                ids, attention_mask=mask, max_new_tokens=10, min_new_tokens=10, do_sample=True, top_k=20,
+                ids, attention_mask=mask, max_new_tokens=8, min_new_tokens=8, do_sample=True, top_k=20,
                 num_return_sequences=3, use_cache=cached,
             )
         )  # fmt: skip
@@ -108,7 +106,7 @@ def generation_goes_past_the_longest_position(data: st.DataObject, case: Case) -
     logits(case.student, ids[:, :-1], **past(cache))
     before = cache_bytes(cache)
     answer = greedy(case.student, ids, **past(cache))
-    assert answer.shape[1] == length + 6
+    assert answer.shape[1] == length + 4
     assert_same_tokens(answer, greedy(case.student, ids, use_cache=False), "behind the last position")
     if not any(spec.keeps_softmax for spec in case.layers):
         assert cache_bytes(cache) == before, "the cache grew"

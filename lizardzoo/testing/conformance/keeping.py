@@ -109,12 +109,13 @@ def _error(narrow: Tensor, wide: Tensor) -> float:
 
 @model_law
 def it_loads_by_device_map_and_without_memory(data: st.DataObject, case: Case) -> None:
-    """device_map "cpu" and "auto"; on the meta device a config alone gives every parameter's name and shape."""
+    """device_map "cpu" and "auto", attn_implementation beside it; the meta device has every name and shape."""
     ids, expected = case.tokens(2, 25), logits(case.student, case.tokens(2, 25))
     with saved(case.student) as folder:
         for device_map in ("cpu", "auto"):
-            model = from_pretrained(folder, device_map=device_map)
+            model = from_pretrained(folder, device_map=device_map, attn_implementation="eager")
             answer = logits(model, ids.to(model.device)).cpu()
+            assert model.config._attn_implementation == "eager"
             assert_close(answer, expected, device_map, bound=1e-5 if model.device.type == "cpu" else 1e-2)
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))

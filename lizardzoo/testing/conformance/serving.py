@@ -32,6 +32,7 @@ def softmax_is_the_teacher_bit_for_bit(data: st.DataObject, case: Case) -> None:
     for implementation in ("sdpa", "eager"):
         for model in (teacher, kept, mixed):
             model.set_attn_implementation(implementation)
+        assert linearize(teacher, case.layers).config._attn_implementation == implementation
         expected = logits(teacher, ids)
         assert torch.equal(logits(kept, ids), expected), f"softmax everywhere, {implementation}"
         with softmax_mode(mixed):
