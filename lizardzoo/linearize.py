@@ -66,7 +66,7 @@ def linearize(
         which parameters are new, kept and dropped.
 
     Raises:
-        LizardzooError: an unsupported architecture, or layers that do not fit the model.
+        LizardzooError: an unsupported architecture, layers that do not fit the model, a checkpoint that is not whole.
     """
     source = None
     if isinstance(model, (str, Path)):
@@ -155,7 +155,7 @@ def load_teacher(source: str | Path, dtype: torch.dtype | str = "auto") -> Any:
     """A causal LM from a folder, the Hub or a GGUF file (whose weights become plain ones), with all its parameters."""
     place, file = _place(source)
     if file:
-        file["quantization_config"] = GgufConfig(dequantize=True)
+        file["quantization_config"] = GgufConfig(dequantize=True)  # kernels for quantized weights are not looked for
     with _readable_weights(source):
         model, info = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True, **file)
     if missing := sorted(info["missing_keys"]):  # transformers has made them up

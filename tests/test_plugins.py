@@ -13,10 +13,12 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import lizardzoo as lz
 from lizardzoo import LizardzooError
 from lizardzoo.adapters import ADAPTERS
+from lizardzoo.cli import app
 from lizardzoo.config import MIXERS, spec_from_dict
 from lizardzoo.testing import MODEL_LAWS, check_mixer, check_model_law, tiny_teacher
 from tests.adapters.test_conformance import QUICK
@@ -150,3 +152,10 @@ def test_an_installed_package_announces_its_adapter(family: Any, tmp_path: Path)
         "ids = torch.arange(5, 25)[None]\n"
         "torch.testing.assert_close(again(ids).logits, model(ids).logits)\n",
     )
+
+
+def test_info_of_a_mixer_that_names_no_kernels_says_so(toy: Any, tiny_llama: Any, tmp_path: Path) -> None:
+    lz.linearize(tiny_llama, toy.ToyMean()).save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["info", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "(the mixer does not say)" in result.output

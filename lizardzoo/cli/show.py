@@ -175,7 +175,7 @@ def _kernels(model: Any, specs: list[MixerSpec]) -> Table:
         if index in mixers:
             kernels = mixers[index].kernels
             rows = [(op, Impl.REFERENCE.value, auto_on_cuda(op, sizes)) for op, sizes in kernels.items()]
-        for row in rows or [("the mixer's own PyTorch", "", "")]:
+        for row in rows or [("(the mixer does not say)", "", "")]:
             layers.setdefault(row, []).append(index)
     table = _table("kernels", "kernel", "layers", "on a CPU", "on CUDA")
     for (op, cpu, cuda), indices in layers.items():

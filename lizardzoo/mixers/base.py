@@ -88,7 +88,7 @@ class Mixer(nn.Module):
 
     @property
     def kernels(self) -> dict[str, tuple[int, ...]]:
-        """The ops of `lizardzoo.kernels` that it calls, by name, and its dims that their Triton kernels must take."""
+        """The ops of `lizardzoo.kernels` that it calls, by name, with the dims that their Triton kernels must take."""
         return {}
 
     def branches(
