@@ -1,8 +1,9 @@
 """The Hugging Face cache layer that holds a mixer's state, and what states and KV caches cost in bytes.
 
 `DynamicCache(config=model.config)` makes one `MixerCacheLayer` for every layer whose `layer_types` entry is
-`MIXER_LAYER_TYPE`, so `generate` needs no override. The layer reports the mask sizes of full attention: transformers
-sizes the one causal mask of kept softmax layers by the first layer that is not sliding, which may be a mixer's.
+`MIXER_LAYER_TYPE`, `StaticCache` a `StaticMixerCacheLayer`, so `generate` needs no override. Both report the mask sizes
+of full attention: transformers sizes the one causal mask of kept softmax layers by the first layer that is not sliding,
+which may be a mixer's.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 
 from lizardzoo.errors import LizardzooError
-from lizardzoo.kernels.state import map_state, state_tensors
+from lizardzoo.kernels.state import map_state, overwrite, state_tensors
 from lizardzoo.mixers.base import Mixer, MixerInputs
 
 MIXER_LAYER_TYPE = "lizardzoo_mixer"
@@ -35,7 +36,7 @@ class _Record(NamedTuple):
 class MixerCacheLayer(CacheLayerMixin):
     """Holds one layer's state; its size does not depend on how many tokens have been seen."""
 
-    _layer_type = MIXER_LAYER_TYPE
+    _layer_type: str | None = MIXER_LAYER_TYPE
     is_sliding = False
     is_compileable = False
     is_croppable = True
@@ -52,21 +53,32 @@ class MixerCacheLayer(CacheLayerMixin):
         """Run the mixer behind the held state, and hold the next one; returns y [B, T, H, D]."""
         count = inputs.q.shape[1]
         if self.state is None:
-            self.state = mixer.init_state(inputs.q.shape[0], inputs.v.dtype, inputs.v.device)
+            self._hold(mixer.init_state(inputs.q.shape[0], inputs.v.dtype, inputs.v.device))
         if self.record_past:
-            self._records.append(_Record(self.state, inputs, mixer, count))
+            self._records.append(_Record(self._past(), inputs, mixer, count))
         if count == 1 and self._may_overwrite():
             y = mixer.step_(inputs, self.state)
         else:
-            y, self.state = mixer(inputs, self.state, need_state=True)
+            y, new = mixer(inputs, self.state, need_state=True)
+            self._hold(new)
         self.cumulative_length += count
         self.is_initialized = True
         return y
+
+    def _hold(self, state: Any) -> None:
+        """Go on from this state."""
+        self.state = state
+
+    def _past(self) -> Any:
+        """The state as a record may keep it."""
+        return self.state
 
     def _may_overwrite(self) -> bool:
         """Whether a step may take place in the held state: nothing else needs it, neither a record nor a gradient."""
         if self.record_past or torch.is_grad_enabled():
             return False
+        if torch.compiler.is_compiling():  # which knows no inference mode; the overwriting itself would raise
+            return True
         return torch.is_inference_mode_enabled() or not any(x.is_inference() for x in state_tensors(self.state))
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
@@ -85,7 +97,7 @@ class MixerCacheLayer(CacheLayerMixin):
             )
         while remove > 0:
             record = records.pop()
-            self.state = record.state
+            self._hold(record.state)
             self.cumulative_length -= record.tokens
             if kept := max(record.tokens - remove, 0):
                 self.advance_silently(record.mixer, record.inputs.tokens(0, kept))
@@ -153,7 +165,7 @@ class MixerCacheLayer(CacheLayerMixin):
         )
 
     def _map(self, fn: Callable[[Tensor], Tensor]) -> None:
-        self.state = map_state(fn, self.state)
+        self._hold(map_state(fn, self.state))
         self._records = []
 
 
@@ -161,6 +173,59 @@ class SlidingMixerCacheLayer(MixerCacheLayer):
     """The same under the other layer type."""
 
     _layer_type = SLIDING_MIXER_LAYER_TYPE
+
+
+class StaticMixerCacheLayer(MixerCacheLayer):
+    """What a StaticCache holds: tensors that stay where they are, the length too, so that a compiled step is replayed.
+
+    The state has its one size in any case; `max_cache_len` is what kept softmax layers have room for.
+    """
+
+    _layer_type = None  # transformers takes a name for that of a dynamic layer
+    is_compileable = True
+
+    def __init__(self, max_cache_len: int, **kwargs: Any) -> None:
+        super().__init__()
+        self.max_cache_len = max_cache_len
+        self.cumulative_length: Any = torch.tensor(0)
+
+    def _hold(self, state: Any) -> None:
+        held, new = (list(state_tensors(x)) for x in (self.state, state))
+        if [x.shape for x in held] == [x.shape for x in new]:
+            overwrite(self.state, state)
+            return
+        self.state = state
+        self.cumulative_length = self.cumulative_length.to(new[0].device)
+        if not torch.compiler.is_compiling():
+            for tensor in (*new, self.cumulative_length):
+                torch._dynamo.mark_static_address(tensor)
+
+    def _past(self) -> Any:
+        return map_state(torch.clone, self.state)
+
+    def _may_overwrite(self) -> bool:
+        return not torch.is_grad_enabled()
+
+    def reset(self) -> None:
+        """Back to before the first token."""
+        super().reset()
+        self.cumulative_length = torch.tensor(0)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As for full attention."""
+        return self.max_cache_len, 0
+
+    def get_max_length(self) -> int:
+        """Tokens that the kept softmax layers beside it have room for."""
+        return self.max_cache_len
+
+    def get_max_cache_shape(self) -> int:
+        """The same (the name before transformers 5.18)."""
+        return self.max_cache_len
+
+
+for _layer_type in (MIXER_LAYER_TYPE, SLIDING_MIXER_LAYER_TYPE):
+    STATIC_LAYER_TYPE_MAPPING[_layer_type] = StaticMixerCacheLayer
 
 
 def cache_bytes(cache: Cache) -> int:

@@ -37,6 +37,16 @@ class MixerSpec:
     def validate(self) -> None:
         """Check the fields against each other; raise through `require`."""
 
+    @property
+    def exact_within(self) -> int:
+        """In a text of at most so many tokens the mixer is softmax attention, whatever it has learned; 0: in none."""
+        return 0
+
+    @property
+    def reach(self) -> int | None:
+        """How many keys back a query sees, itself included; None: the whole past, or some of it for ever."""
+        return None
+
     def require(self, condition: bool, field: str, expected: str) -> None:
         """Raise the one error text of a field that does not fit."""
         if not condition:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,10 +13,17 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
-from lizardzoo.adapters import ADAPTERS, Adapter, is_new_parameter, softmax_mode
+from lizardzoo.adapters import ADAPTERS, is_new_parameter, softmax_mode
 from lizardzoo.config import SpecLike, resolve_layers
 from lizardzoo.errors import LizardzooError
 
@@ -46,10 +54,10 @@ def linearize(
     """A linearized copy of a teacher.
 
     Args:
-        model: a loaded causal LM, or the id or folder of one. It is left untouched.
+        model: a loaded causal LM, or the id, folder or GGUF file of one. It is left untouched.
         layers: one spec, preset name or dict per layer, or one for all layers.
         calibrate: text, or token ids [B, T], on which mixers set their start values from the teacher's own attention
-            (text needs `tokenizer`, or a `model` given by id or folder). None: sensible constants.
+            (text needs `tokenizer`, or a `model` given by id, folder or file). None: sensible constants.
         tokenizer: for `calibrate`.
         dtype: of the copied weights; the teacher's unless given. New parameters are fp32 always.
 
@@ -58,16 +66,15 @@ def linearize(
         which parameters are new, kept and dropped.
 
     Raises:
-        LizardzooError: an unsupported architecture, or layers that do not fit the model.
+        LizardzooError: an unsupported architecture, layers that do not fit the model, a checkpoint that is not whole.
     """
     source = None
     if isinstance(model, (str, Path)):
         source = str(model)
-        config = AutoConfig.from_pretrained(source)
+        config = read_config(source)
         adapter = find_adapter(config)
         specs = resolve_layers(layers, config.num_hidden_layers)  # a wrong list costs no download
-        with _readable_weights(source):
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype or "auto")
+        model = load_teacher(source, dtype or "auto")
     else:
         adapter = find_adapter(model.config)
         specs = resolve_layers(layers, model.config.num_hidden_layers)
@@ -76,7 +83,7 @@ def linearize(
 
     config = _convert_config(model.config, adapter, [spec.to_dict() for spec in specs])
     with no_init_weights():  # mixers have their start values; all else is copied
-        student = adapter.model_class._from_config(config, dtype=dtype or model.dtype).to(model.device)
+        student = adapter._from_config(config, dtype=dtype or model.dtype).to(model.device)
     student.tie_weights()
     student.conversion_report = _copy_weights(model, student)
     student.generation_config = copy.deepcopy(model.generation_config)
@@ -92,7 +99,7 @@ def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
     Raises:
         LizardzooError: the checkpoint is not a linearized one, or its parameters are not exactly the model's.
     """
-    config = AutoConfig.from_pretrained(str(name_or_path), **_hub_kwargs(kwargs))
+    config = read_config(name_or_path, **_hub_kwargs(kwargs))
     adapter = next((a for a in map(ADAPTERS.get, ADAPTERS) if a.config_class.model_type == config.model_type), None)
     if adapter is None:
         raise LizardzooError(
@@ -100,7 +107,7 @@ def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
             f"make one with lizardzoo.linearize({str(name_or_path)!r})"
         )
     with _readable_weights(name_or_path):
-        model, info = adapter.model_class.from_pretrained(str(name_or_path), output_loading_info=True, **kwargs)
+        model, info = adapter.from_pretrained(str(name_or_path), output_loading_info=True, **kwargs)
     problems = [
         f"{len(names)} {what} (first: {sorted(map(str, names))[0]})"
         for what, names in (
@@ -118,8 +125,51 @@ def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
     return model
 
 
-def find_adapter(config: PreTrainedConfig) -> Adapter:
-    """The adapter of a teacher's config."""
+def read_config(source: str | Path, **kwargs: Any) -> PreTrainedConfig:
+    """The config of a model, linearized or not; plug-ins first: transformers may not know their families."""
+    ADAPTERS.names()
+    place, file = _place(source)
+    with _readable_weights(source):
+        return AutoConfig.from_pretrained(place, **file, **kwargs)
+
+
+def read_tokenizer(source: str | Path) -> Any:
+    """The tokenizer beside a model, or in its GGUF file."""
+    place, file = _place(source)
+    return AutoTokenizer.from_pretrained(place, **file)
+
+
+def _place(source: str | Path) -> tuple[str, dict[str, Any]]:
+    """Where transformers looks for a model, and the argument that names a GGUF file in there."""
+    path = Path(source)
+    if path.suffix != ".gguf":
+        return str(source), {}
+    if not path.is_file():
+        raise LizardzooError(f"there is no GGUF file {source}; give the path of one, or a folder or Hub id")
+    if importlib.util.find_spec("gguf") is None:
+        raise LizardzooError(f"reading {source} needs the package gguf, which is not installed; pip install gguf")
+    return str(path.parent), {"gguf_file": path.name}
+
+
+def load_teacher(source: str | Path, dtype: torch.dtype | str = "auto") -> Any:
+    """A causal LM from a folder, the Hub or a GGUF file (whose weights become plain ones), with all its parameters."""
+    place, file = _place(source)
+    if file:
+        file["quantization_config"] = GgufConfig(dequantize=True)  # kernels for quantized weights are not looked for
+    with _readable_weights(source):
+        model, info = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, output_loading_info=True, **file)
+    if missing := sorted(info["missing_keys"]):  # transformers has made them up
+        raise LizardzooError(
+            f"the checkpoint {source} lacks {len(missing)} of its parameters (first: {missing[0]}); "
+            f"download or save it again"
+        )
+    if file:
+        model.config._name_or_path = str(source)  # there it is the title inside the file
+    return model
+
+
+def find_adapter(config: PreTrainedConfig) -> Any:
+    """The linearized class for a teacher's config."""
     if config.model_type not in ADAPTERS:
         for name in ADAPTERS:
             if ADAPTERS.get(name).config_class.model_type == config.model_type:
@@ -151,7 +201,7 @@ def calibrate_mixers(student: Any, token_ids: Tensor) -> None:
             handle.remove()
 
 
-def _convert_config(teacher: PreTrainedConfig, adapter: Adapter, layers: list[dict[str, Any]]) -> Any:
+def _convert_config(teacher: PreTrainedConfig, adapter: Any, layers: list[dict[str, Any]]) -> Any:
     """The linearized config. Explicit: a plain `from_pretrained` of the other class would keep the wrong model_type."""
     fields = teacher.to_dict()
     for name in ("model_type", "architectures", "layer_types", "transformers_version", "quantization_config"):
@@ -191,9 +241,7 @@ def _tokenize(text: str, tokenizer: Any, source: str | None) -> Tensor:
             raise LizardzooError(
                 "calibrate is a text, which needs a tokenizer; pass tokenizer=..., or token ids [B, T]"
             )
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        tokenizer = read_tokenizer(source)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"][0]
     length = min(CALIBRATION_LENGTH, len(ids))
     count = max(1, min(len(ids), CALIBRATION_TOKENS) // length) if length else 0
@@ -209,6 +257,19 @@ def _readable_weights(source: str | Path) -> Iterator[None]:
     except SafetensorError as error:
         raise LizardzooError(
             f"a weight file of {source} is damaged or cut short ({error}); download or save the checkpoint again"
+        ) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise LizardzooError(
+            f"the weights of {source} do not have the shapes its config says (the log lists them); "
+            f"correct the config, or convert the checkpoint again"
+        ) from error
+    except ValueError as error:
+        if Path(source).suffix != ".gguf":
+            raise
+        raise LizardzooError(
+            f"transformers cannot read the GGUF file {source} ({error}); is it complete, and of a model it knows?"
         ) from error
 
 

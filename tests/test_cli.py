@@ -265,6 +265,20 @@ def test_info_counts_parameters_and_bytes(student_folder):
         assert shown in out, shown
 
 
+def test_info_names_adapter_and_kernels(tiny_folder, tmp_path):
+    """head_dim 16 is a power of two, feature_dim 12 is not, and then Triton does not take the branch."""
+    layers = [lz.Hybrid(feature_dim=12), lz.Hybrid(merge="sum", window_rope=False), lz.Softmax()]
+    lz.linearize(tiny_folder, layers).save_pretrained(tmp_path / "student")
+    out = " ".join(succeed("info", tmp_path / "student").replace("│", " ").split())
+    assert "adapter: LizardLlamaForCausalLM" in out
+    assert "hybrid_attention 0 reference refused" in out
+    assert "window_attention 1 reference triton" in out
+    assert "gated_linear_attention 1 reference triton" in out
+    assert "rotate 0 reference triton" in out
+    assert "softmax 2 transformers, sdpa" in out
+    assert "adapter: LizardLlamaForCausalLM, once linearized" in succeed("info", tiny_folder)
+
+
 def test_info_of_a_teacher_has_nothing_new(tiny_folder):
     out = succeed("info", tiny_folder)
     assert "0-2" in out

@@ -47,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
 SHARED: dict[str, set[str]] = {
     "kernels": {"dispatch", "features", "launching", "merge", "rows", "state"},
     "mixers": {"base", "branches", "feature_maps", "gates", "merge"},
-    "adapters": {"base"},
+    "adapters": {"base", "masks"},
 }
 COLLECTORS: dict[str, set[str]] = {
     "kernels": {"__init__", "hybrid"},  # the fused op is the composition of the two others
@@ -68,7 +68,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "tokenizers": {"smollm2"},
     "gguf": {"smollm2"},
     "filelock": {"smollm2"},
-    "peft": {"distill"},
+    "peft": {"distill", "testing"},
     "accelerate": {"distill"},
     "datasets": {"distill", "evaluate"},
     "matplotlib": {"distill", "evaluate", "diagnose"},

@@ -1,4 +1,4 @@
-"""A mixer that lives outside the package: by decorator, by entry point, and under every law."""
+"""A mixer and an adapter that live outside the package: by decorator, by entry point, and under every law."""
 
 from __future__ import annotations
 
@@ -7,35 +7,66 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import lizardzoo as lz
 from lizardzoo import LizardzooError
+from lizardzoo.adapters import ADAPTERS
+from lizardzoo.cli import app
 from lizardzoo.config import MIXERS, spec_from_dict
-from lizardzoo.testing import check_mixer
+from lizardzoo.testing import MODEL_LAWS, check_mixer, check_model_law, tiny_teacher
+from tests.adapters.test_conformance import QUICK
 
 SOURCE = Path(__file__).parent / "plugin" / "toy_mixer.py"
+FAMILY = Path(__file__).parent / "plugin" / "toy_family.py"
 
 
-@pytest.fixture
-def toy() -> Iterator[Any]:
-    """The plug-in's module, imported under a name of its own and forgotten afterwards."""
-    spec = importlib.util.spec_from_file_location("toy_mixer_by_decorator", SOURCE)
+@contextmanager
+def imported(source: Path) -> Iterator[Any]:
+    """A plug-in's module, under a name of its own."""
+    spec = importlib.util.spec_from_file_location(f"{source.stem}_by_decorator", source)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     yield module
-    MIXERS.remove("toy_mean")
     del sys.modules[spec.name]
+
+
+@pytest.fixture
+def toy() -> Iterator[Any]:
+    """The mixer's module; what it registers is forgotten afterwards."""
+    with imported(SOURCE) as module:
+        yield module
+    MIXERS.remove("toy_mean")
+
+
+@pytest.fixture
+def family() -> Iterator[Any]:
+    """The adapter's module; what it registers is forgotten afterwards."""
+    with imported(FAMILY) as module:
+        yield module
+    ADAPTERS.remove("gemma")
 
 
 def test_a_decorated_mixer_obeys_every_law(toy: Any) -> None:
     check_mixer(toy.ToyMean, examples=10)
+
+
+@pytest.mark.parametrize("law", QUICK)
+def test_a_decorated_mixer_obeys_every_law_of_models(toy: Any, law: str) -> None:
+    check_model_law(MODEL_LAWS[law], tiny_teacher(), [toy.ToyMean(start=0.4), "softmax", toy.ToyMean()], examples=1)
+
+
+@pytest.mark.parametrize("law", QUICK)
+def test_a_decorated_adapter_obeys_every_law_of_models(family: Any, law: str) -> None:
+    check_model_law(MODEL_LAWS[law], tiny_teacher("gemma", head_dim=16), examples=1)
 
 
 def test_the_laws_catch_a_mixer_that_ignores_padding(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -61,6 +92,11 @@ def test_a_taken_name_is_refused(toy: Any) -> None:
         lz.register_mixer("window")(toy.ToyMean)
 
 
+def test_a_taken_architecture_is_refused(family: Any) -> None:
+    with pytest.raises(LizardzooError, match="'llama' is already taken"):
+        lz.adapters.register_adapter("llama")(family.LizardGemmaForCausalLM)
+
+
 def test_an_unknown_mixer_lists_what_exists() -> None:
     with pytest.raises(
         LizardzooError, match="unknown mixer 'toy_mean'; there are: gated_linear, hybrid, softmax, window"
@@ -68,23 +104,58 @@ def test_an_unknown_mixer_lists_what_exists() -> None:
         spec_from_dict({"type": "toy_mean"})
 
 
-def test_an_installed_package_announces_its_mixer(tmp_path: Path) -> None:
-    """By entry point, in a fresh process; importing lizardzoo alone does not import the plug-in."""
-    shutil.copy(SOURCE, tmp_path / "toy_package.py")
-    info = tmp_path / "toy_package-1.0.dist-info"
+def install(folder: Path, source: Path, group: str, entry: str) -> None:
+    """A module as an installed distribution that announces an entry point."""
+    shutil.copy(source, folder / "toy_package.py")
+    info = folder / "toy_package-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-package\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text("[lizardzoo.mixers]\ntoy_mean = toy_package:ToyMean\n")
-    program = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+    (info / "entry_points.txt").write_text(f"[{group}]\n{entry}\n")
+
+
+def run(folder: Path, program: str) -> None:
+    """In a fresh process that finds the distributions of `folder`."""
+    program = f"import sys; sys.path.insert(0, {str(folder)!r})\n{program}"
+    root = str(Path(lz.__file__).parents[1])
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_an_installed_package_announces_its_mixer(tmp_path: Path) -> None:
+    """Importing lizardzoo alone does not import the plug-in."""
+    install(tmp_path, SOURCE, "lizardzoo.mixers", "toy_mean = toy_package:ToyMean")
+    run(
+        tmp_path,
         "import lizardzoo as lz, lizardzoo.config as config\n"
         "assert 'toy_package' not in sys.modules\n"
         "config.spec_from_dict({'type': 'window', 'window': 3})\n"
         "assert 'toy_package' not in sys.modules\n"
         "spec = config.spec_from_dict({'type': 'toy_mean', 'start': 0.25})\n"
         "assert 'toy_package' in sys.modules and spec.to_dict() == {'type': 'toy_mean', 'start': 0.25}\n"
-        "assert 'toy_mean' in config.MIXERS.names()\n"
+        "assert 'toy_mean' in config.MIXERS.names()\n",
     )
-    root = str(Path(lz.__file__).parents[1])
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root, check=False)
-    assert result.returncode == 0, result.stderr
+
+
+def test_an_installed_package_announces_its_adapter(family: Any, tmp_path: Path) -> None:
+    """Its checkpoints load in a process that has imported lizardzoo only, and its teachers are converted there."""
+    install(tmp_path, FAMILY, "lizardzoo.adapters", "gemma = toy_package:LizardGemmaForCausalLM")
+    teacher = tiny_teacher("gemma", head_dim=16)
+    teacher.save_pretrained(tmp_path / "teacher")
+    lz.linearize(teacher, "recommended").save_pretrained(tmp_path / "student")
+    run(
+        tmp_path,
+        "import lizardzoo as lz, torch\n"
+        "assert 'toy_package' not in sys.modules\n"
+        f"model = lz.from_pretrained({str(tmp_path / 'student')!r})\n"
+        "assert type(model).__name__ == 'LizardGemmaForCausalLM' and 'toy_package' in sys.modules\n"
+        f"again = lz.linearize({str(tmp_path / 'teacher')!r}, 'recommended')\n"
+        "ids = torch.arange(5, 25)[None]\n"
+        "torch.testing.assert_close(again(ids).logits, model(ids).logits)\n",
+    )
+
+
+def test_info_of_a_mixer_that_names_no_kernels_says_so(toy: Any, tiny_llama: Any, tmp_path: Path) -> None:
+    lz.linearize(tiny_llama, toy.ToyMean()).save_pretrained(tmp_path)
+    result = CliRunner().invoke(app, ["info", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "(the mixer does not say)" in result.output

@@ -1,11 +1,10 @@
 """Adapters: the Hugging Face architectures that can be linearized. Importing this package registers them."""
 
 from lizardzoo.adapters import llama, mistral, qwen2, qwen3
-from lizardzoo.adapters.base import ADAPTERS, Adapter, is_new_parameter, register_adapter, softmax_mode
+from lizardzoo.adapters.base import ADAPTERS, is_new_parameter, register_adapter, softmax_mode
 
 __all__ = [
     "ADAPTERS",
-    "Adapter",
     "is_new_parameter",
     "llama",
     "mistral",

@@ -7,46 +7,47 @@ attention, model and causal LM. Nothing of a modeling file is copied: projection
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from inspect import signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedModel
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.utils import can_return_tuple
 
 from lizardzoo import mixers as _builtin_mixers  # noqa: F401  registers the mixers that a config.json may name
+from lizardzoo.adapters.masks import CACHE_KEYWORD, TOKEN_MASK, cache_of, document_starts, softmax_masks, token_mask
 from lizardzoo.cache import MIXER_LAYER_TYPE, SLIDING_MIXER_LAYER_TYPE, MixerCacheLayer
-from lizardzoo.config import MixerSpec, resolve_layers
+from lizardzoo.config import MIXERS, MixerSpec, resolve_layers
 from lizardzoo.errors import LizardzooError
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
 from lizardzoo.registry import Registry
 
-CACHE_KEYWORD = "cache" if "cache" in signature(create_causal_mask).parameters else "past_key_values"
-"""What forwards, mask functions and outputs call the cache: transformers 5.24 renamed it, everywhere at once."""
+MIXER_TYPES = {"full_attention": MIXER_LAYER_TYPE, "sliding_attention": SLIDING_MIXER_LAYER_TYPE}
+"""The cache layer of a mixer, by what the layer's attention is in the teacher."""
+
+Model = TypeVar("Model", bound=type)
+
+ADAPTERS: Registry[Any] = Registry("architecture", group="lizardzoo.adapters")
+"""The linearized causal LM of each family, by the `model_type` of its teacher; `.config_class` is its config's."""
 
 
-class Adapter:
-    """The classes of one family: `model_type` of the teacher, its linearized config and causal LM."""
+def register_adapter(model_type: str) -> Callable[[Model], Model]:
+    """Class decorator of a family's causal LM: make it known under its teacher's `model_type`.
 
-    def __init__(self, model_type: str, config_class: Any, model_class: Any) -> None:
-        self.model_type = model_type
-        self.config_class = config_class
-        self.model_class = model_class
+    `linearize` finds it by that, transformers' Auto classes by the `model_type` of its own config.
+    """
 
+    def decorate(model_class: Model) -> Model:
+        model: Any = model_class
+        AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
+        AutoModel.register(model.config_class, model.base_model_class, exist_ok=True)
+        AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
+        return ADAPTERS.add(model_type, model)
 
-ADAPTERS: Registry[Adapter] = Registry("architecture", group="lizardzoo.adapters")
-
-
-def register_adapter(model_type: str, config_class: Any, model_class: Any) -> Adapter:
-    """Make a family known: to `linearize` by its teacher's `model_type`, to transformers' Auto classes by its own."""
-    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-    AutoModel.register(config_class, model_class.base_model_class, exist_ok=True)
-    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
-    return ADAPTERS.add(model_type, Adapter(model_type, config_class, model_class))
+    return decorate
 
 
 def is_new_parameter(name: str) -> bool:
@@ -82,9 +83,12 @@ class LizardConfigMixin:
 
     @property
     def layer_types(self) -> list[str]:
-        """Which cache layer each layer gets: derived from `layers`, so that it can never be stale."""
-        mixing = {"full_attention": MIXER_LAYER_TYPE, "sliding_attention": SLIDING_MIXER_LAYER_TYPE}
-        return [own if spec.keeps_softmax else mixing[own] for own, spec in zip(self.own_layer_types, self.specs)]
+        """Which cache layer each layer gets: derived from `layers`, so that it can never be stale.
+
+        Forwards of some families ask for it once per layer, compiled ones too: it builds no specs.
+        """
+        keeps = [MIXERS.get(name).keeps_softmax for name in self._mixer_names()]
+        return [own if kept else MIXER_TYPES[own] for own, kept in zip(self.own_layer_types, keeps)]
 
     @layer_types.setter
     def layer_types(self, value: Any) -> None:
@@ -97,6 +101,12 @@ class LizardConfigMixin:
             return list(self.teacher_layer_types)
         sliding = getattr(self, "sliding_window", None) is not None
         return ["sliding_attention" if sliding else "full_attention"] * self.num_hidden_layers  # type: ignore[attr-defined]
+
+    def _mixer_names(self) -> list[str]:
+        layers = self.layers
+        if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):  # not written out yet
+            layers = [spec.to_dict() for spec in self.specs]
+        return [layer["type"] for layer in layers]
 
     def validate_layer_type(self) -> None:
         """transformers knows its own layer types only."""
@@ -121,9 +131,14 @@ class MixedAttention(nn.Module):
         self.mixer = None
         self.runs_softmax = spec.keeps_softmax  # `softmax_mode` sets it for a while
         if not spec.keeps_softmax:
-            self.mixer = spec.build(attention_shape(config))
+            self.mixer = spec.build(self.attention_shape(config))
             if config.own_layer_types[layer_idx] == "sliding_attention":
                 self.sliding_window = config.sliding_window  # for `softmax_forward`
+
+    def attention_shape(self, config: Any) -> AttentionShape:
+        """The shape of what the mixer replaces."""
+        sizes: Any = (self.head_dim, self.scaling)  # the family's own, which its config need not hold
+        return AttentionShape(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, *sizes)
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q [B, T, H, D], k, v [B, T, Hkv, D], before RoPE."""
@@ -148,7 +163,7 @@ class MixedAttention(nn.Module):
         if self.mixer is None or self.runs_softmax:
             return self.softmax_forward(hidden_states, position_embeddings, attention_mask, **kwargs)
         inputs = self.inputs(hidden_states, position_embeddings, **kwargs)
-        cache = _cache(kwargs)
+        cache = cache_of(kwargs)
         if cache is not None:
             layers = cache.layers
             layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
@@ -181,7 +196,7 @@ class MixedAttention(nn.Module):
 
 
 class MixedModel(nn.Module):
-    """Mixin in front of a family's base model: MixedAttention in every layer, and the padding mask handed to it."""
+    """Mixin in front of a family's base model: MixedAttention in every layer, and the per-token flags handed to it."""
 
     attention_class: ClassVar[type]
 
@@ -192,41 +207,62 @@ class MixedModel(nn.Module):
             layer.self_attn = self.attention_class(config, index)
         self.post_init()  # type: ignore[operator]
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         position_ids: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the family's own; adds the two per-token flags that mixers need."""
+        """As the family's own; adds the two per-token flags that mixers need.
+
+        `attentions` has one entry per layer, None where a mixer is.
+        """
         tokens = input_ids if input_ids is not None else inputs_embeds
-        if tokens is not None:
-            count = tokens.shape[1]
-            cache = _cache(kwargs)
-            kwargs["token_mask"] = _token_mask(attention_mask, tokens, cache)
-            starts = None
-            if attention_mask is None and cache is None:
-                starts = _document_starts(position_ids, tokens.shape[0], count)
-            if starts is not None:
-                if use_cache:
-                    raise LizardzooError(
-                        "position_ids restart inside a row (packed documents), which cannot go on from a cache; "
-                        "pass use_cache=False, or one document per row"
-                    )
-                use_cache = False
-            kwargs["document_starts"] = starts
-        return super().forward(
+        kinds: list[str] = self.config.own_layer_types  # type: ignore[assignment, union-attr]
+        attentions: list[Any] = [layer.self_attn for layer in self.layers]  # type: ignore[union-attr]
+        mixing = [attention.mixer is not None and not attention.runs_softmax for attention in attentions]
+        if kwargs.get("output_attentions", self.config.output_attentions) and all(mixing):  # type: ignore[union-attr]
+            raise LizardzooError(
+                "output_attentions=True, but all layers of this model are mixers, which have no attention weights; "
+                "leave it out, or look at the teacher's with lizardzoo.softmax_mode(model)"
+            )
+        masks = attention_mask if isinstance(attention_mask, dict) else None  # of `create_masks_for_generate`
+        if masks is not None and TOKEN_MASK in masks:
+            kwargs["token_mask"] = masks[TOKEN_MASK]
+        elif masks is not None:
+            raise LizardzooError(
+                f"a linearized model takes a padding mask [batch, length], got masks for {', '.join(masks)}; "
+                f"arbitrary attention patterns need softmax"
+            )
+        elif tokens is not None and (any(mixing) or attention_mask is None or attention_mask.ndim == 2):
+            kwargs["token_mask"] = token_mask(attention_mask, tokens, cache_of(kwargs))
+            if attention_mask is None and cache_of(kwargs) is None:
+                starts = kwargs["document_starts"] = document_starts(position_ids, *tokens.shape[:2])
+                if starts is not None:
+                    use_cache = _without_cache(use_cache)
+        if tokens is not None and all(mixing):
+            # Nobody looks at a causal mask, which would be [B, 1, T, T]; one of 4 dimensions is taken as it is.
+            masks = dict.fromkeys(kinds, tokens.new_ones((1, 1, 1, 1), dtype=torch.bool))
+        if masks is not None:
+            attention_mask = masks if isinstance(self, LayerwiseMasks) else masks[kinds[0]]
+        output = super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
+        if any(mixing) and output.get("attentions"):
+            weights = iter(output.attentions)
+            output.attentions = tuple(None if mixes else next(weights) for mixes in mixing)
+        return output
 
 
 class LayerwiseMasks(nn.Module):
@@ -235,7 +271,7 @@ class LayerwiseMasks(nn.Module):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         position_ids: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
@@ -248,24 +284,15 @@ class LayerwiseMasks(nn.Module):
         if inputs_embeds is None and input_ids is not None:
             inputs_embeds, input_ids = self.embed_tokens(input_ids), None  # type: ignore[operator]
         if inputs_embeds is not None:
-            cache = _cache(kwargs)
+            cache = cache_of(kwargs)
             if use_cache and cache is None:
                 cache = kwargs[CACHE_KEYWORD] = DynamicCache(config=config)
             if position_ids is None:
                 seen = cache.get_seq_length() if cache is not None else 0
-                position_ids = torch.arange(seen, seen + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
-            given = {
-                "config": config,
-                "inputs_embeds": inputs_embeds,
-                "attention_mask": attention_mask,
-                CACHE_KEYWORD: cache,
-                "position_ids": position_ids,
-            }
-            full = create_causal_mask(**given)
-            attention_mask = {"full_attention": full, MIXER_LAYER_TYPE: full}  # type: ignore[assignment]
-            if "sliding_attention" in config.own_layer_types:
-                sliding = create_sliding_window_causal_mask(**given)
-                attention_mask |= {"sliding_attention": sliding, SLIDING_MIXER_LAYER_TYPE: sliding}  # type: ignore[operator]
+                position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
+            if not isinstance(attention_mask, dict):
+                attention_mask = softmax_masks(config, inputs_embeds, attention_mask, position_ids, cache)
+            attention_mask |= {MIXER_TYPES[k]: mask for k, mask in attention_mask.items() if k in MIXER_TYPES}
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -295,6 +322,7 @@ class MixedForCausalLM:
     """Mixin for the causal LM: what users ask a linearized model for."""
 
     base_model_class: ClassVar[type]
+    config: Any
 
     def __init__(self, config: Any) -> None:
         PreTrainedModel.__init__(self, config)  # not the family's own, which would build a model of its own first
@@ -302,6 +330,22 @@ class MixedForCausalLM:
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()  # type: ignore[attr-defined]
+
+    def create_masks_for_generate(
+        self,
+        config: Any,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """All masks of one call at sizes that do not change: `generate` asks for them before a compiled forward."""
+        cache, shape = cache_of(kwargs), inputs_embeds.shape[:2]
+        real = inputs_embeds.new_ones(shape) if attention_mask is None else attention_mask[:, -shape[1] :]
+        masks: dict[str, Any] = {TOKEN_MASK: real.to(torch.bool)}  # always: a compiled forward is made for one case
+        if any(attention.mixer is None for attention in self.attentions()):
+            masks |= softmax_masks(config, inputs_embeds, attention_mask, position_ids, cache)
+        return masks
 
     def attentions(self) -> list[Any]:
         """All layers' attentions; `.mixer` is None where softmax is kept."""
@@ -317,7 +361,7 @@ class MixedForCausalLM:
         A window is a run-time choice: a wider one is closer to the teacher, at the price of state. A cache that was
         begun with another window cannot go on.
         """
-        specs = self.config.specs  # type: ignore[attr-defined]
+        specs = self.config.specs
         targets = [i for i, spec in enumerate(specs) if hasattr(spec, "window")]
         windows = [window] * len(targets) if isinstance(window, int) else list(window)
         if len(windows) != len(targets):
@@ -326,7 +370,7 @@ class MixedForCausalLM:
             specs[index] = replace(specs[index], window=size)
         for index, mixer in self.mixers().items():
             mixer.spec = specs[index]
-        self.config.layers = [spec.to_dict() for spec in specs]  # type: ignore[attr-defined]
+        self.config.layers = [spec.to_dict() for spec in specs]
 
 
 @contextmanager
@@ -342,47 +386,11 @@ def softmax_mode(model: Any) -> Iterator[None]:
             attention.runs_softmax = flag
 
 
-def attention_shape(config: Any) -> AttentionShape:
-    """The shape of a family's attention from its config."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return AttentionShape(
-        hidden_size=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=head_dim,
-        scale=head_dim**-0.5,
-    )
-
-
-def _cache(kwargs: dict[str, Any]) -> Cache | None:
-    """The cache among a forward's keywords; its old name too, which transformers goes on to take from users."""
-    return kwargs.get(CACHE_KEYWORD, kwargs.get("past_key_values"))
-
-
-def _token_mask(attention_mask: Tensor | None, tokens: Tensor, cache: Cache | None) -> Tensor | None:
-    """[B, T] bool of this call's tokens; None when all are real."""
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2:
+def _without_cache(use_cache: bool | None) -> bool:
+    """use_cache of a call whose rows hold several documents: none, unless it was asked for."""
+    if use_cache:
         raise LizardzooError(
-            f"a linearized model takes a padding mask [batch, length], got shape {list(attention_mask.shape)}; "
-            f"arbitrary attention patterns need softmax"
+            "position_ids restart inside a row (packed documents; under torch.compile they always may), which cannot "
+            "go on from a cache; pass use_cache=False, or one document per row"
         )
-    batch, count = tokens.shape[:2]
-    seen = cache.get_seq_length() if cache is not None else 0
-    if attention_mask.shape[0] != batch or attention_mask.shape[1] != seen + count:
-        raise LizardzooError(
-            f"attention_mask is [{attention_mask.shape[0]}, {attention_mask.shape[1]}], expected "
-            f"[{batch}, {seen + count}]: {seen} tokens in the cache and {count} new ones"
-        )
-    mask = attention_mask[:, -count:].to(torch.bool)
-    return None if bool(mask.all()) else mask
-
-
-def _document_starts(position_ids: Tensor | None, batch: int, count: int) -> Tensor | None:
-    """[B, T] bool: where positions restart, as transformers reads packed sequences; None when they do not."""
-    if position_ids is None or position_ids.shape[-1] < 2:
-        return None
-    starts = torch.zeros(position_ids.shape, dtype=torch.bool, device=position_ids.device)
-    starts[:, 1:] = position_ids[:, 1:] != position_ids[:, :-1] + 1
-    return starts.expand(batch, count) if bool(starts.any()) else None
+    return False

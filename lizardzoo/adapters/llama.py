@@ -37,10 +37,8 @@ class LizardLlamaModel(MixedModel, LizardLlamaPreTrainedModel, LlamaModel):
     attention_class = LizardLlamaAttention
 
 
+@register_adapter("llama")
 class LizardLlamaForCausalLM(MixedForCausalLM, LizardLlamaPreTrainedModel, LlamaForCausalLM):
     """LlamaForCausalLM with a mixer per layer."""
 
     base_model_class = LizardLlamaModel
-
-
-register_adapter("llama", LizardLlamaConfig, LizardLlamaForCausalLM)

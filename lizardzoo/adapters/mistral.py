@@ -37,10 +37,8 @@ class LizardMistralModel(MixedModel, LizardMistralPreTrainedModel, MistralModel)
     attention_class = LizardMistralAttention
 
 
+@register_adapter("mistral")
 class LizardMistralForCausalLM(MixedForCausalLM, LizardMistralPreTrainedModel, MistralForCausalLM):
     """MistralForCausalLM with a mixer per layer."""
 
     base_model_class = LizardMistralModel
-
-
-register_adapter("mistral", LizardMistralConfig, LizardMistralForCausalLM)

@@ -38,10 +38,8 @@ class LizardQwen2Model(MixedModel, LayerwiseMasks, LizardQwen2PreTrainedModel, Q
     attention_class = LizardQwen2Attention
 
 
+@register_adapter("qwen2")
 class LizardQwen2ForCausalLM(MixedForCausalLM, LizardQwen2PreTrainedModel, Qwen2ForCausalLM):
     """Qwen2ForCausalLM with a mixer per layer."""
 
     base_model_class = LizardQwen2Model
-
-
-register_adapter("qwen2", LizardQwen2Config, LizardQwen2ForCausalLM)

@@ -44,10 +44,8 @@ class LizardQwen3Model(MixedModel, LayerwiseMasks, LizardQwen3PreTrainedModel, Q
     attention_class = LizardQwen3Attention
 
 
+@register_adapter("qwen3")
 class LizardQwen3ForCausalLM(MixedForCausalLM, LizardQwen3PreTrainedModel, Qwen3ForCausalLM):
     """Qwen3ForCausalLM with a mixer per layer."""
 
     base_model_class = LizardQwen3Model
-
-
-register_adapter("qwen3", LizardQwen3Config, LizardQwen3ForCausalLM)

@@ -14,12 +14,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lizardzoo.cli.base import err, one_line
 from lizardzoo.config import PRESETS, MixerSpec, resolve_layers
 from lizardzoo.errors import LizardzooError
-from lizardzoo.linearize import from_pretrained
+from lizardzoo.linearize import from_pretrained, load_teacher, read_config, read_tokenizer
 from lizardzoo.mixers.softmax import Softmax
 
 
@@ -55,7 +54,7 @@ def loading(name: str) -> Iterator[None]:
 def load_config(name: str) -> Any:
     """The config of a model, linearized or not."""
     with loading(name):
-        return AutoConfig.from_pretrained(name)
+        return read_config(name)
 
 
 def load_model(name: str, dtype: Dtype = Dtype.auto, device: str = "auto") -> Any:
@@ -68,14 +67,14 @@ def load_model(name: str, dtype: Dtype = Dtype.auto, device: str = "auto") -> An
         raise LizardzooError(f"unknown device {device!r}; name one such as cpu, cuda or cuda:1") from error
     linearized = is_linearized(load_config(name))
     with loading(name):
-        load = from_pretrained if linearized else AutoModelForCausalLM.from_pretrained
+        load = from_pretrained if linearized else load_teacher
         return load(name, dtype=dtype.torch() or "auto").to(place).eval()
 
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer beside a model."""
     with loading(f"{name} (tokenizer)"):
-        return AutoTokenizer.from_pretrained(name)
+        return read_tokenizer(name)
 
 
 def is_linearized(config: Any) -> bool:
@@ -137,10 +136,16 @@ def describe_spec(spec: MixerSpec) -> str:
     return " ".join([spec.type_name, *changed])
 
 
+def runs(indices: Sequence[int]) -> str:
+    """Ascending layers as "0-8, 10"."""
+    groups = itertools.groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0])
+    edges = [[index for _, index in group] for _, group in groups]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in edges)
+
+
 def layer_map(specs: Sequence[MixerSpec]) -> list[tuple[str, str]]:
     """Runs of equal layers: ("0-8", "recommended"), ("9", "softmax"), ..."""
     rows = []
     for text, run in itertools.groupby(enumerate(map(describe_spec, specs)), key=lambda pair: pair[1]):
-        indices = [index for index, _ in run]
-        rows.append((str(indices[0]) if len(indices) == 1 else f"{indices[0]}-{indices[-1]}", text))
+        rows.append((runs([index for index, _ in run]), text))
     return rows

@@ -18,11 +18,12 @@ from transformers import AutoModelForCausalLM
 from lizardzoo.adapters import ADAPTERS, is_new_parameter
 from lizardzoo.cache import kv_bytes, state_bytes
 from lizardzoo.cli.base import app, out
-from lizardzoo.cli.models import is_linearized, layer_map, load_config
+from lizardzoo.cli.models import is_linearized, layer_map, load_config, runs
 from lizardzoo.config import MIXERS, PRESETS, MixerSpec
 from lizardzoo.distill.recipe import RECIPES, Finetune
 from lizardzoo.evaluate.ablation import mixers_of
 from lizardzoo.evaluate.report import LENGTHS, human_bytes
+from lizardzoo.kernels.dispatch import Impl, auto_on_cuda
 from lizardzoo.mixers.softmax import Softmax
 
 
@@ -105,7 +106,7 @@ def _values(hint: Any) -> str:
 def _architectures() -> Table:
     table = _table("architectures: model types that can be linearized", "teacher", "linearized")
     for name in ADAPTERS:
-        table.add_row(name, ADAPTERS.get(name).model_class.__name__)
+        table.add_row(name, ADAPTERS.get(name).__name__)
     return table
 
 
@@ -135,7 +136,7 @@ def _loss(stage: Finetune) -> str:
 def info(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Folder or Hub id, linearized or not.")],
 ) -> None:
-    """Show a model's layer map, its new and kept parameters, and the memory of one sequence.
+    """Show a model's layer map, adapter and kernels, its new and kept parameters, and the memory of one sequence.
 
     \b
       lizardzoo info student
@@ -148,12 +149,38 @@ def info(
         f"[bold]{escape(model)}[/]  {config.model_type}, {str(empty.dtype).removeprefix('torch.')}",
         highlight=False,
     )
+    out.print(_adapter(config, empty), soft_wrap=True, highlight=False)
     layers = _table("layers", "layer", "mixer")
     for index, text in layer_map(specs):
         layers.add_row(index, escape(text))
     out.print(layers)
+    out.print(_kernels(empty, specs))
     out.print(_parameters(empty))
     out.print(_memory(empty))
+
+
+def _adapter(config: Any, model: Any) -> str:
+    if is_linearized(config):
+        return f"adapter: {type(model).__name__}"
+    known = config.model_type in ADAPTERS
+    return f"adapter: {ADAPTERS.get(config.model_type).__name__}, once linearized" if known else "adapter: none"
+
+
+def _kernels(model: Any, specs: list[MixerSpec]) -> Table:
+    """What computes each layer where nothing else is asked for (`mixer.impl`)."""
+    layers: dict[tuple[str, str, str], list[int]] = {}
+    mixers, theirs = mixers_of(model), f"transformers, {model.config._attn_implementation}"
+    for index in range(len(specs)):
+        rows = [("softmax", theirs, theirs)]
+        if index in mixers:
+            kernels = mixers[index].kernels
+            rows = [(op, Impl.REFERENCE.value, auto_on_cuda(op, sizes)) for op, sizes in kernels.items()]
+        for row in rows or [("(the mixer does not say)", "", "")]:
+            layers.setdefault(row, []).append(index)
+    table = _table("kernels", "kernel", "layers", "on a CPU", "on CUDA")
+    for (op, cpu, cuda), indices in layers.items():
+        table.add_row(op, runs(indices), cpu, cuda)
+    return table
 
 
 def _parameters(model: Any) -> Table:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -19,6 +19,23 @@ class Impl(str, Enum):
     AUTO = "auto"
     TRITON = "triton"
     REFERENCE = "reference"
+
+
+TRITON_SIZES = {
+    "window_attention": (256, False),
+    "gated_linear_attention": (128, True),
+    "hybrid_attention": (128, True),
+}
+"""Largest head_dim and feature_dim of an op's Triton kernels, and whether they are powers of two; others take any."""
+
+
+def auto_on_cuda(op: str, sizes: Sequence[int]) -> str:
+    """What AUTO comes to on a CUDA device for an op with these head and feature dims, in words."""
+    largest, powers_of_2 = TRITON_SIZES.get(op, (max(sizes), False))
+    if max(sizes) <= largest and not (powers_of_2 and any(size & (size - 1) for size in sizes)):
+        return "triton"
+    kind = "powers of two" if powers_of_2 else "sizes"
+    return f"refused: triton takes {kind} up to {largest}, not {', '.join(map(str, sizes))}; mixer.impl = 'reference'"
 
 
 def implementation(op: str, impl: Impl | str, device: torch.device, reference: Any, triton: Callable[[], Any]) -> Any:

@@ -37,12 +37,20 @@ def map_state(fn: Callable[[Tensor], Tensor], state: Any, done: dict[int, Tensor
 @torch.no_grad()
 def overwrite(state: State, new: State) -> State:
     """Copy the tensors of `new` into those of `state`, and return `state`; a new one may be a view of an old one."""
-    pairs = {id(a): (a, b) for a, b in zip(state_tensors(state), state_tensors(new), strict=True) if a is not b}
-    memory = {x.untyped_storage().data_ptr() for x in state_tensors(state)}
-    copies = [(a, b.clone() if b.untyped_storage().data_ptr() in memory else b) for a, b in pairs.values()]
-    for a, b in copies:
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for a, b in zip(state_tensors(state), state_tensors(new), strict=True):
+        if a is not b and not any(a is seen for seen, _ in pairs):
+            pairs.append((a, b))
+    for a, b in [(a, b.clone() if _shares_memory(b, pairs) else b) for a, b in pairs]:
         a.copy_(b)
     return state
+
+
+def _shares_memory(x: Tensor, pairs: list[tuple[Tensor, Tensor]]) -> bool:
+    """Whether x may lie in a tensor that is overwritten."""
+    if torch.compiler.is_compiling():  # nothing has an address yet; the compiler drops the copies it does not need
+        return True
+    return any(x.untyped_storage().data_ptr() == a.untyped_storage().data_ptr() for a, _ in pairs)
 
 
 def writable(op: str, state: State, in_place: bool) -> State:

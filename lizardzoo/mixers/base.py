@@ -86,6 +86,11 @@ class Mixer(nn.Module):
         self.switched_off: set[str] = set()
         """Branches that add nothing to the output (for ablations); their state still advances."""
 
+    @property
+    def kernels(self) -> dict[str, tuple[int, ...]]:
+        """The ops of `lizardzoo.kernels` that it calls, by name, with the dims that their Triton kernels must take."""
+        return {}
+
     def branches(
         self, inputs: MixerInputs, state: Any | None, need_state: bool
     ) -> tuple[dict[str, Branch], Any | None]:

@@ -34,6 +34,11 @@ class GatedLinearMixer(OneBranch):
         super().__init__(spec, shape)
         self.linear = LinearBranch(spec, shape)
 
+    @property
+    def kernels(self) -> dict[str, tuple[int, ...]]:
+        rotates = {"rotate": (self.shape.head_dim,)} if self.spec.feature_rope else {}
+        return rotates | {"gated_linear_attention": (self.shape.head_dim, self.linear.feature_dim)}
+
     def branches(
         self, inputs: MixerInputs, state: GatedLinearState | None, need_state: bool, in_place: bool = False
     ) -> tuple[dict[str, Branch], GatedLinearState | None]:

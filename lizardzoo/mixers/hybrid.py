@@ -41,6 +41,11 @@ class Hybrid(LinearFields, WindowFields):
     alpha: Literal["layer", "head"] | None = "layer"
     log_scale: Literal["token", "head"] | None = "token"
 
+    @property
+    def exact_within(self) -> int:
+        alone = self.merge == "joint" and self.disjoint  # there the window has all tokens and the whole denominator
+        return self.window if alone and self.window_rope and not self.sinks else 0
+
     def build(self, shape: AttentionShape) -> HybridMixer:
         return HybridMixer(self, shape)
 
@@ -69,6 +74,14 @@ class HybridMixer(Mixer):
         super().reset_parameters()
         if self.alpha is not None:
             start_value(self.alpha, 1.0)
+
+    @property
+    def kernels(self) -> dict[str, tuple[int, ...]]:
+        head, both = (self.shape.head_dim,), (self.shape.head_dim, self.linear.feature_dim)
+        rotates = {"rotate": head} if self.spec.window_rope or self.spec.feature_rope else {}
+        if self._fused():
+            return rotates | {"hybrid_attention": both}
+        return rotates | {"window_attention": head, "gated_linear_attention": both}
 
     def forward(
         self, inputs: MixerInputs, state: HybridState | None = None, need_state: bool = False

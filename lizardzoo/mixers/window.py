@@ -19,6 +19,14 @@ from lizardzoo.mixers.merge import Branch
 class Window(WindowFields):
     """Softmax over a sliding window; on a prompt that fits the window it is the teacher (RoPE, no sinks)."""
 
+    @property
+    def exact_within(self) -> int:
+        return self.window if self.window_rope and not self.sinks else 0
+
+    @property
+    def reach(self) -> int | None:
+        return self.window if self.keep == 0 else None
+
     def build(self, shape: AttentionShape) -> WindowMixer:
         return WindowMixer(self, shape)
 
@@ -31,6 +39,11 @@ class WindowMixer(OneBranch):
     def __init__(self, spec: Window, shape: AttentionShape) -> None:
         super().__init__(spec, shape)
         self.window = WindowBranch(spec, shape)
+
+    @property
+    def kernels(self) -> dict[str, tuple[int, ...]]:
+        head: tuple[int, ...] = (self.shape.head_dim,)
+        return ({"rotate": head} if self.spec.window_rope else {}) | {"window_attention": head}
 
     def branches(
         self, inputs: MixerInputs, state: WindowState | None, need_state: bool, in_place: bool = False

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -128,6 +129,52 @@ def the_future_changes_nothing(data: st.DataObject, spec: MixerSpec, shape: Atte
     mixed = inputs._replace(**{n: torch.cat([getattr(inputs, n)[:, :t], getattr(other, n)[:, t:]], 1) for n in names})
     mixer = random_mixer(spec, shape, seed)
     assert_close(mixer(mixed)[0][:, :t], mixer(inputs)[0][:, :t], "outputs before the change")
+
+
+@law
+def in_a_short_text_it_is_softmax_where_it_says_so(
+    data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int
+) -> None:
+    """Up to `spec.exact_within` tokens the output is that of softmax attention over all of them."""
+    length = min(spec.exact_within, 14)  # shorter ones are its beginnings
+    if length == 0:
+        return
+    inputs = mixer_inputs(shape, 1, length, seed, TokenFlags(None, None))
+    q, k = (x.transpose(1, 2) for x in inputs.rotated())
+    expected = F.scaled_dot_product_attention(
+        q, k, inputs.v.transpose(1, 2), is_causal=True, enable_gqa=True, scale=shape.scale
+    )
+    assert_close(random_mixer(spec, shape, seed)(inputs)[0], expected.transpose(1, 2), f"{length} tokens")
+
+
+@law
+def beyond_its_reach_it_sees_nothing(data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int) -> None:
+    """Tokens that lie `spec.reach` and more before a query change nothing for it."""
+    if spec.reach is None:
+        return
+    old = data.draw(st.integers(1, 5))
+    length = old + spec.reach
+    flags = TokenFlags(None, None)
+    inputs, other = (mixer_inputs(shape, 1, length, seed + i, flags) for i in range(2))
+    names = ("q", "k", "v", "x")
+    mixed = inputs._replace(
+        **{n: torch.cat([getattr(other, n)[:, :old], getattr(inputs, n)[:, old:]], 1) for n in names}
+    )
+    mixer = random_mixer(spec, shape, seed)
+    assert_close(mixer(mixed)[0][:, -1], mixer(inputs)[0][:, -1], "the last token's output")
+
+
+@law
+def a_call_leaves_the_given_state_alone(data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int) -> None:
+    """A state can be gone on from twice: what crop and beams live on. Only `step_` overwrites it."""
+    inputs = mixer_inputs(shape, 2, 9, seed, data.draw(token_flags(2, 9, documents=False)))
+    mixer = random_mixer(spec, shape, seed)
+    _, state = mixer(inputs.tokens(0, 5), mixer.init_state(2, torch.float64, "cpu"), need_state=True)
+    before = [x.clone() for x in state_tensors(state)]
+    for end in (6, 9):
+        mixer(inputs.tokens(5, end), state, need_state=True)
+        for a, b in zip(before, state_tensors(state), strict=True):
+            assert torch.equal(a, b), "the state was changed"
 
 
 @law

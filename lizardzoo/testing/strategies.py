@@ -12,7 +12,7 @@ from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lizardzoo.config import PRESETS, MixerSpec
+from lizardzoo.config import MIXERS, PRESETS, MixerSpec
 from lizardzoo.errors import LizardzooError
 from lizardzoo.mixers.base import AttentionShape, MixerInputs
 
@@ -49,6 +49,18 @@ def specs(spec_class: type[MixerSpec]) -> st.SearchStrategy[MixerSpec]:
             raise
 
     return build()
+
+
+@st.composite
+def layer_lists(draw: st.DrawFn, num_layers: int, always: type[MixerSpec] | None = None) -> list[MixerSpec]:
+    """One spec per layer: all registered mixers in any order; or any ones, among them one of the class `always`."""
+    classes = [MIXERS.get(name) for name in MIXERS]
+    if always is None:
+        order = draw(st.permutations(classes))
+        return [draw(specs(order[index % len(order)])) for index in range(num_layers)]
+    place = draw(st.integers(0, num_layers - 1))
+    mixed = st.one_of(specs(always), *map(specs, classes))  # the simplest list is all of that class
+    return [draw(specs(always) if index == place else mixed) for index in range(num_layers)]
 
 
 @st.composite

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 import lizardzoo as lz
-from lizardzoo.adapters.base import CACHE_KEYWORD
 from lizardzoo.config import MIXERS, MixerSpec
+from lizardzoo.testing.conformance.case import distance, past
+
+__all__ = ["LAYERS", "distance", "past", "small", "student", "tokens"]
 
 
 def small(name: str) -> MixerSpec:
@@ -39,13 +41,3 @@ def student(teacher: Any, layers: Any, seed: int = 0) -> Any:
 def tokens(batch: int, length: int, seed: int = 1) -> torch.Tensor:
     """Random token ids of the tiny vocabulary, special ones left out."""
     return torch.randint(5, 290, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def past(cache: Any) -> dict[str, Any]:
-    """The keyword argument by which the installed transformers goes on from a cache."""
-    return {CACHE_KEYWORD: cache}
-
-
-def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference relative to the largest entry."""
-    return ((actual - expected).abs().max() / expected.abs().max()).item()

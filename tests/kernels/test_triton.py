@@ -28,6 +28,20 @@ def version(package: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", importlib.metadata.version(package))[:2])
 
 
+def test_what_info_says_of_triton_is_what_its_kernels_take() -> None:
+    """`auto_on_cuda` speaks where Triton need not be installed."""
+    pytest.importorskip("triton")
+    from lizardzoo.kernels.dispatch import TRITON_SIZES
+    from lizardzoo.kernels.gated_linear.ops import MAX_SIZE
+    from lizardzoo.kernels.window.ops import MAX_DIM
+
+    assert {name: size for name, (size, _) in TRITON_SIZES.items()} == {
+        "window_attention": MAX_DIM,
+        "gated_linear_attention": MAX_SIZE,
+        "hybrid_attention": MAX_SIZE,
+    }
+
+
 @pytest.mark.parametrize("laws", LAWS, ids=lambda path: path.stem)
 def test_the_laws_hold_in_the_interpreter(laws: Path) -> None:
     if importlib.util.find_spec("triton") is None:
