@@ -292,7 +292,8 @@ def test_eval_reports_what_evaluate_finds(student_folder, tiny_folder, text_file
     bare = f"bare window {window} (for student)"
     models = {"student": student, bare: lz.linearize(teacher, evaluate.matched_layers(student))}
     expected = evaluate.compare(models, teacher, ids, ablate=["student"])
-    assert result["positions"] == expected.to_dict()
+    assert result["positions"] == {"text.txt": expected.to_dict()}
+    assert result["texts"] == {"text.txt": str(text_file)}
     assert result["models"] == {"student": str(student_folder)}
     for row in expected.rows:
         assert row.name in out
@@ -300,7 +301,7 @@ def test_eval_reports_what_evaluate_finds(student_folder, tiny_folder, text_file
 
 def test_eval_prints_json_and_nothing_else(student_folder, text_file):
     out = succeed("eval", student_folder, "--text", text_file, "--length", 64, "--limit", 1, "--json")
-    rows = json.loads(out)["positions"]["rows"]
+    rows = json.loads(out)["positions"]["text.txt"]["rows"]
     assert [(row["name"], row["result"]["overall"]["kl"]) for row in rows] == [("student", None)]
 
 
@@ -311,11 +312,11 @@ def test_eval_compares_several_models(student_folder, tiny_folder, text_file, tm
         "eval", student_folder, other, "-t", tiny_folder, "--text", text_file, "--length", 32, "--limit", 1,
         "--json",
     )  # fmt: skip
-    names = [row["name"] for row in json.loads(out)["positions"]["rows"]]
+    names = [row["name"] for row in json.loads(out)["positions"]["text.txt"]["rows"]]
     assert names[:3] == ["teacher", str(student_folder), str(other)]
     assert len(names) == 4  # one baseline for both: their states are alike
     out = succeed("eval", other, "-t", tiny_folder, "--text", text_file, "--length", 32, "--no-baseline", "--json")
-    assert [row["name"] for row in json.loads(out)["positions"]["rows"]] == ["teacher", "student"]
+    assert [row["name"] for row in json.loads(out)["positions"]["text.txt"]["rows"]] == ["teacher", "student"]
 
 
 def test_eval_runs_local_tasks(student_folder, tiny_folder, tmp_path):
@@ -343,8 +344,45 @@ def test_eval_runs_local_tasks(student_folder, tiny_folder, tmp_path):
     assert left_behind(tmp_path / "out") == ["report.json"]
 
 
+def test_eval_asks_for_facts_and_questions_of_local_files(student_folder, tiny_folder, text_file, tmp_path):
+    rows = [{"query": f"{i} and", "choices": ["one", "two"], "gold": i % 2} for i in range(6)]
+    questions = tmp_path / "sums.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    second = tmp_path / "second.txt"
+    second.write_text(TEXT)
+    arguments = (
+        "eval", student_folder, "-t", tiny_folder, "--text", text_file, "--text", second, "--length", 48, "--limit", 1,
+        "--chunk-size", 16, "--recent", 32, "--distances", "8,32", "--samples", 2, "--facts", 2, "--ablate",
+        "--tasks", questions, "--few-shot", 2, "--few-shot-from", questions, "--out", tmp_path / "out",
+    )  # fmt: skip
+    out = succeed(*arguments)
+    plots = ["by_position_second.png", "by_position_text.png"]
+    assert left_behind(tmp_path / "out") == [*plots, "report.json", "retrieval.png"]
+    result = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [row["name"] for row in result["positions"]["second.txt"]["rows"]][:2] == [
+        "teacher",
+        "teacher, last 32 tokens",
+    ]
+    student, teacher = lz.from_pretrained(student_folder), AutoModelForCausalLM.from_pretrained(tiny_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    expected = evaluate.retrieval(
+        {"student": student}, teacher, tokenizer, text_file, distances=(8, 32), pairs=2, samples=2, ablate=True,
+        chunk_size=16,
+    )  # fmt: skip
+    for row in expected.to_dict()["rows"]:
+        assert row in result["retrieval"]["rows"]
+        assert row["name"] in out
+    names = evaluate.question_tasks([questions], tmp_path / "tasks", few_shot=2, examples=questions)
+    scores = evaluate.lm_eval(student, tokenizer, names, tmp_path / "tasks")
+    assert result["tasks"]["student"]["sums"]["acc,none"] == scores["sums"]["acc,none"]
+
+
 def test_eval_says_what_is_wrong(student_folder, tiny_folder, text_file, tmp_path):
     assert "nothing to measure" in fail("eval", student_folder)
+    assert "needs a text" in fail("eval", student_folder, "--distances", "64", "--tasks", "piqa")
+    wrong = ("eval", student_folder, "--text", text_file, "--distances", "64,far")
+    assert "'far'" in fail(*wrong)
+    assert "give --tasks FILES and --few-shot N" in fail(*wrong[:-2], "--length", 64, "--few-shot-from", text_file)
     short = tmp_path / "short.txt"
     short.write_text("short")
     out = tmp_path / "out"
