@@ -1,12 +1,13 @@
 """lizardzoo: a modular zoo of token mixers that linearizes pretrained language models.
 
-The verbs `linearize` and `distill` have the names of the modules they come from; what else those modules hold is
-imported as in `from lizardzoo.distill import load_data`.
+The verbs `linearize`, `distill` and `diagnose` have the names of the modules they come from; what else those modules
+hold is imported as in `from lizardzoo.distill import load_data`.
 """
 
 from lizardzoo import evaluate
 from lizardzoo.adapters import softmax_mode
 from lizardzoo.config import MixerSpec, register_mixer, register_preset
+from lizardzoo.diagnose import diagnose
 from lizardzoo.distill import distill
 from lizardzoo.errors import LizardzooError
 from lizardzoo.linearize import from_pretrained, linearize
@@ -20,6 +21,7 @@ __all__ = [
     "MixerSpec",
     "Softmax",
     "Window",
+    "diagnose",
     "distill",
     "evaluate",
     "from_pretrained",

@@ -213,7 +213,7 @@ def test_wrong_usage_ends_with_code_2(tiny_folder):
 def test_version_and_help():
     assert succeed("--version").startswith("lizardzoo ")
     assert "lizardzoo linearize" in succeed("--help")
-    for command in ("list", "info", "linearize", "distill", "eval", "generate"):
+    for command in ("list", "info", "linearize", "distill", "eval", "diagnose", "generate"):
         assert "Usage" in succeed(command, "--help")
 
 
@@ -391,6 +391,35 @@ def test_eval_says_what_is_wrong(student_folder, tiny_folder, text_file, tmp_pat
     error = fail("eval", student_folder, "--text", text_file, "--length", 64, "--device", "abacus", "--out", out)
     assert "unknown device 'abacus'" in error
     assert left_behind(tmp_path) == ["short.txt", "text.txt"]
+
+
+# --- diagnose
+
+
+def test_diagnose_tells_what_is_wrong(student_folder, tiny_folder, text_file, tmp_path):
+    common = ("diagnose", student_folder, "-t", tiny_folder, "--text", text_file, "--length", 48, "--limit", 2)
+    out = succeed(*common, "--start", student_folder, "--out", tmp_path / "out")
+    assert left_behind(tmp_path / "out") == ["diagnosis.json", "diagnosis.png"]
+    student, teacher = lz.from_pretrained(student_folder), AutoModelForCausalLM.from_pretrained(tiny_folder)
+    ids = evaluate.sequences(text_file, AutoTokenizer.from_pretrained(tiny_folder), 48, 2)
+    expected = lz.diagnose(student, ids, teacher=teacher)
+    assert json.loads((tmp_path / "out" / "diagnosis.json").read_text()) == expected.to_dict()
+    assert "the model is not trained; run distill first" in out
+    assert expected.verdict in out
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"query": f"{i}?", "choices": ["A", "B"], "gold": i % 2} for i in range(5)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = (*common, "--questions", questions, "--few-shot", 1, "--few-shot-from", questions, "--question-limit", 4)
+    assert json.loads(succeed(*asked, "--json"))["letters"]["right"] == {"A": 2, "B": 2}
+    assert "A 2  B 2" in succeed(*asked)
+
+
+def test_diagnose_says_what_is_wrong_with_its_arguments(student_folder, tiny_folder, text_file, tmp_path):
+    common = ("--text", text_file, "--length", 48, "--limit", 1, "--out", tmp_path / "out")
+    assert "has no mixer to look at" in fail("diagnose", tiny_folder, *common)
+    assert "give --questions FILE" in fail("diagnose", student_folder, *common, "--few-shot-from", text_file)
+    assert "there is no file of questions" in fail("diagnose", student_folder, *common, "--questions", "no.jsonl")
+    assert left_behind(tmp_path) == ["text.txt"]
 
 
 # --- generate

@@ -33,7 +33,7 @@ ROOMS: dict[str, set[str]] = {
     "linearize": ADAPTERS,
     "distill": ADAPTERS | {"linearize"},
     "evaluate": ADAPTERS | {"linearize"},
-    "diagnose": ADAPTERS | {"linearize"},
+    "diagnose": ADAPTERS | {"linearize", "evaluate"},
     "hub": ADAPTERS | {"linearize"},
     "smollm2": {"errors"},
     "testing": ADAPTERS | {"linearize"},  # for tests and plug-in authors: nothing in the package imports it

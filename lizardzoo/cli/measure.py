@@ -11,11 +11,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from lizardzoo import evaluate
-from lizardzoo.cli.base import app, err, new_folder, out, package_version
+from lizardzoo.cli.base import app, new_folder, out, package_version, progress_bar
 from lizardzoo.cli.models import DeviceOption, Dtype, DtypeOption, load_model, load_tokenizer
 from lizardzoo.config import MixerSpec
 from lizardzoo.errors import LizardzooError
@@ -110,14 +109,14 @@ def eval_(
             ablated = list(loaded) if ablate else False
             positions = {}
             for label, sequences in ids.items():
-                with _bar(f"{label}: sequences", len(sequences)) as progress:
+                with progress_bar(f"{label}: sequences", len(sequences)) as progress:
                     positions[label] = evaluate.compare(
                         rows, expected, sequences, ablate=ablated, window=window, recent=recent,
                         batch_size=batch_size, chunk_size=chunk_size, progress=progress,
                     )  # fmt: skip
             recall = None
             if asked:
-                with _bar("texts with facts", len(asked) * samples) as progress:
+                with progress_bar("texts with facts", len(asked) * samples) as progress:
                     recall = evaluate.retrieval(
                         rows, expected, tokenizer, Path(next(iter(named_texts.values()))), distances=asked,
                         pairs=facts, samples=samples, ablate=ablated, chunk_size=chunk_size, progress=progress,
@@ -171,14 +170,6 @@ def _counts(option: str, text: str | None) -> list[int]:
     if wrong := [part for part in parts if not part.isdecimal() or int(part) < 1]:
         raise LizardzooError(f"{option} {text!r} is not a list of tokens ({wrong[0]!r}); write it as 256,1024")
     return [int(part) for part in parts]
-
-
-@contextmanager
-def _bar(what: str, total: int) -> Iterator[Callable[[int, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=err, transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _with_baselines(models: dict[str, Any], teacher: Any) -> dict[str, Any]:

@@ -199,7 +199,9 @@ def measure(
     goal_run = None if teacher is None else next((run for run in runs if run == Run(teacher)), Run(teacher))
     everyone = [*runs, *([] if goal_run is None or goal_run in runs else [goal_run])]
     models = list({id(run.model): run.model for run in everyone}.values())
-    _check(models, sequences, batch_size)
+    check_sequences(models, sequences)
+    if batch_size < 1:
+        raise LizardzooError(f"batch_size must be at least 1, got {batch_size}")
     check_chunks(runs, chunk_size)
     count, length = sequences.shape
     nll = [torch.zeros(length - 1, dtype=torch.float64) for _ in runs]
@@ -262,15 +264,14 @@ def in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def _check(models: Sequence[PreTrainedModel], sequences: Tensor, batch_size: int) -> None:
+def check_sequences(models: Sequence[PreTrainedModel], sequences: Tensor) -> None:
+    """Refuse what is no [N, T] of token ids that all the models know."""
     if not isinstance(sequences, Tensor) or sequences.ndim != 2 or sequences.is_floating_point():
         raise LizardzooError(
             f"sequences are token ids [N, T], got {_describe(sequences)}; make them with lizardzoo.evaluate.sequences"
         )
     if sequences.shape[0] < 1 or sequences.shape[1] < 2:
         raise LizardzooError(f"sequences must be at least one of at least 2 tokens, got {_describe(sequences)}")
-    if batch_size < 1:
-        raise LizardzooError(f"batch_size must be at least 1, got {batch_size}")
     sizes = {model.get_output_embeddings().weight.shape[0] for model in models}
     if len(sizes) > 1:
         raise LizardzooError(

@@ -1,0 +1,89 @@
+"""`diagnose`: what is wrong with a student."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+
+from lizardzoo import evaluate
+from lizardzoo.cli.base import app, new_folder, out, progress_bar
+from lizardzoo.cli.models import DeviceOption, Dtype, DtypeOption, load_model, load_tokenizer
+from lizardzoo.diagnose import diagnose as look_at
+from lizardzoo.errors import LizardzooError
+
+DIAGNOSIS, PICTURE = "diagnosis.json", "diagnosis.png"
+
+
+@app.command()
+def diagnose(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="The student: folder or Hub id.")],
+    text: Annotated[Path, typer.Option(help="A text file (UTF-8, also .gz).")],
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", "-t", help="What it is compared with; by default its own projections with softmax."),
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option(help="The student before its training, to tell exactly which parameters moved.")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens per sequence.")] = 2048,
+    limit: Annotated[int, typer.Option(min=1, help="Read only so many sequences.")] = 4,
+    questions: Annotated[
+        Path | None, typer.Option(help="A .jsonl file of A, B, C, D questions: are all answered with one letter?")
+    ] = None,
+    few_shot: Annotated[int, typer.Option(min=0, help="Examples before each question.")] = 0,
+    few_shot_from: Annotated[Path | None, typer.Option(help="Take the examples from this file.")] = None,
+    question_limit: Annotated[int, typer.Option(min=1, help="Ask only so many questions.")] = 100,
+    folder: Annotated[
+        Path | None, typer.Option("--out", "-o", help=f"New folder for {DIAGNOSIS} and {PICTURE}.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table and the verdict.")] = False,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+) -> None:
+    """Look at every layer of a student beside its teacher, and say what is wrong.
+
+    Error of the attention output by head, the share of each branch in it, how
+    long the gates remember, the mass on sinks, parameters that never moved; and
+    with --questions whether the model answers all with one letter.
+
+    \b
+      lizardzoo diagnose runs/first/final --text novel.txt --start student \\
+          --teacher HuggingFaceTB/SmolLM2-135M-Instruct --out report
+    """
+    if few_shot_from is not None and (questions is None or not few_shot):
+        raise LizardzooError(
+            "--few-shot-from says where examples come from; give --questions FILE and --few-shot N too"
+        )
+    with nullcontext() if folder is None else new_folder(folder) as made:
+        tokenizer = load_tokenizer(model)
+        ids = evaluate.sequences(text, tokenizer, length, limit)
+        student, expected, before = (
+            None if name is None else load_model(name, dtype, device) for name in (model, teacher, start)
+        )
+        with progress_bar("sequences", len(ids)) as progress:
+            found = look_at(
+                student, ids, teacher=expected, start=before, questions=questions, examples=few_shot_from,
+                few_shot=few_shot, limit=question_limit, tokenizer=tokenizer, progress=progress,
+            )  # fmt: skip
+        if made is not None:
+            (made / DIAGNOSIS).write_text(found.to_json() + "\n", encoding="utf-8")
+            found.plot(made / PICTURE)
+    if as_json:
+        print(found.to_json())  # noqa: T201  rich would break long lines
+        return
+    out.print(found.table())
+    if found.letters is not None:
+        for who in ("right", "model", "teacher"):
+            counts = getattr(found.letters, who)
+            if counts is not None:
+                out.print(
+                    f"{who:>8}", "  ".join(f"{letter} {count}" for letter, count in counts.items()), highlight=False
+                )
+    out.print(escape(found.verdict), style="yellow" if found.findings else "green", soft_wrap=True, highlight=False)
+    if folder is not None:
+        for file in (DIAGNOSIS, PICTURE):
+            out.print(f"wrote {escape(str(folder / file))}", soft_wrap=True, highlight=False)
