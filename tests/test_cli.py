@@ -213,7 +213,7 @@ def test_wrong_usage_ends_with_code_2(tiny_folder):
 def test_version_and_help():
     assert succeed("--version").startswith("lizardzoo ")
     assert "lizardzoo linearize" in succeed("--help")
-    for command in ("list", "info", "linearize", "distill", "eval", "diagnose", "generate"):
+    for command in ("list", "info", "linearize", "distill", "eval", "diagnose", "select-layers", "generate"):
         assert "Usage" in succeed(command, "--help")
 
 
@@ -419,6 +419,32 @@ def test_diagnose_says_what_is_wrong_with_its_arguments(student_folder, tiny_fol
     assert "has no mixer to look at" in fail("diagnose", tiny_folder, *common)
     assert "give --questions FILE" in fail("diagnose", student_folder, *common, "--few-shot-from", text_file)
     assert "there is no file of questions" in fail("diagnose", student_folder, *common, "--questions", "no.jsonl")
+    assert left_behind(tmp_path) == ["text.txt"]
+
+
+# --- select-layers
+
+
+def test_select_layers_writes_a_list_that_linearize_takes(student_folder, tiny_folder, text_file, tmp_path):
+    common = ("--text", text_file, "--length", 48, "--limit", 2)
+    out = succeed("select-layers", student_folder, *common, "--keep", 2, "--out", tmp_path / "new" / "layers.json")
+    ids = evaluate.sequences(text_file, AutoTokenizer.from_pretrained(tiny_folder), 48, 2)
+    expected = lz.select_layers(lz.from_pretrained(student_folder), ids, 2)
+    assert read_layers(str(tmp_path / "new" / "layers.json"), None, 3) == list(expected)
+    assert f"{expected.ranking[0].worth:+.4f}" in out
+    succeed("linearize", tiny_folder, "--layers", tmp_path / "new" / "layers.json", "--out", tmp_path / "student")
+    assert lz.from_pretrained(tmp_path / "student").config.specs == list(expected)
+    (tmp_path / "l.json").write_text('["window", "window", "window"]')
+    arguments = ("--keep", 1, "--layers", tmp_path / "l.json", "--greedy", "--json", "--out", tmp_path / "two.json")
+    found = json.loads(succeed("select-layers", tiny_folder, *common, *arguments))
+    assert found["layers"].count(lz.Window().to_dict()) == 2
+    assert "is there already" in fail("select-layers", tiny_folder, *common, *arguments)
+
+
+def test_select_layers_says_what_is_wrong(student_folder, text_file, tmp_path):
+    common = ("select-layers", student_folder, "--text", text_file, "--length", 48, "--limit", 1)
+    assert "end it in .json" in fail(*common, "--keep", 1, "--out", tmp_path / "layers.txt")
+    assert "from 1 (layers that have softmax already) to 3" in fail(*common, "--keep", 4, "--out", tmp_path / "a.json")
     assert left_behind(tmp_path) == ["text.txt"]
 
 

@@ -1,7 +1,8 @@
-"""`diagnose`: what is wrong with a student."""
+"""`diagnose` and `select-layers`: what is wrong with a student, and which layers it had better leave alone."""
 
 from __future__ import annotations
 
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -11,9 +12,18 @@ from rich.markup import escape
 
 from lizardzoo import evaluate
 from lizardzoo.cli.base import app, new_folder, out, progress_bar
-from lizardzoo.cli.models import DeviceOption, Dtype, DtypeOption, load_model, load_tokenizer
+from lizardzoo.cli.models import (
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    is_linearized,
+    load_model,
+    load_tokenizer,
+    read_layers,
+)
 from lizardzoo.diagnose import diagnose as look_at
 from lizardzoo.errors import LizardzooError
+from lizardzoo.select_layers import select_layers as choose
 
 DIAGNOSIS, PICTURE = "diagnosis.json", "diagnosis.png"
 
@@ -87,3 +97,63 @@ def diagnose(
     if folder is not None:
         for file in (DIAGNOSIS, PICTURE):
             out.print(f"wrote {escape(str(folder / file))}", soft_wrap=True, highlight=False)
+
+
+@app.command("select-layers")
+def select_layers(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A student, best after stage 1; or a teacher: folder or Hub id.")
+    ],
+    text: Annotated[Path, typer.Option(help="A text file (UTF-8, also .gz).")],
+    keep: Annotated[int, typer.Option("--keep", "-k", min=0, help="How many layers shall have softmax.")],
+    file: Annotated[Path, typer.Option("--out", "-o", help="New .json file for the layers list.")],
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", "-t", help="Of a student that has been through stage 2: its teacher.")
+    ] = None,
+    layers: Annotated[
+        str, typer.Option("--layers", "-l", help="The mixers of a teacher: a preset's name, or a .json or .py file.")
+    ] = "recommended",
+    greedy: Annotated[
+        bool, typer.Option("--greedy", help="One layer after the other, each beside those chosen: better, and slower.")
+    ] = False,
+    length: Annotated[int, typer.Option(help="Tokens per sequence; well beyond the windows.")] = 2048,
+    limit: Annotated[int, typer.Option(min=1, help="Read only so many sequences.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+) -> None:
+    """Choose the layers whose softmax is worth most, by KL to the teacher on a text.
+
+    \b
+      lizardzoo select-layers runs/first/transfer --text novel.txt --keep 4 \\
+          --out layers.json
+      lizardzoo linearize HuggingFaceTB/SmolLM2-135M-Instruct \\
+          --layers layers.json --out student
+
+    A student is ranked as it is; a teacher is linearized with --layers first, and
+    says less: untrained mixers lose what trained ones keep.
+    """
+    if file.suffix != ".json":
+        raise LizardzooError(
+            f"--out {file} is to hold JSON, which `linearize --layers` knows by its name; end it in .json"
+        )
+    if file.exists():
+        raise LizardzooError(f"--out {file} is there already; name a new file")
+    ids = evaluate.sequences(text, load_tokenizer(model), length, limit)
+    subject = load_model(model, dtype, device)
+    expected = None if teacher is None else load_model(teacher, dtype, device)
+    with progress_bar("sequences", len(ids)) as progress:
+        given = (
+            "softmax" if is_linearized(subject.config) else read_layers(layers, None, subject.config.num_hidden_layers)
+        )
+        found = choose(
+            subject, ids, keep, layers=given, teacher=expected, greedy=greedy, batch_size=batch_size, progress=progress
+        )
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found.to_dict()["layers"], indent=2) + "\n", encoding="utf-8")
+    if as_json:
+        print(found.to_json())  # noqa: T201
+        return
+    out.print(found.table())
+    out.print(f"wrote {escape(str(file))}", soft_wrap=True, highlight=False)

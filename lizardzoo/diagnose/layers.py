@@ -94,7 +94,8 @@ def look(model: Any, sequences: Tensor, teacher: Any, progress: Progress | None)
                 hidden = hidden.to(weight)
                 cos, sin = (x.to(weight.device) for x in position_embeddings)
                 inputs = attention.inputs(hidden, (cos, sin))
-                _observe(sums[index], attention.mixer, inputs, target.to(weight.device).view_as(inputs.q))
+                span = getattr(attention, "sliding_window", None) or length
+                _observe(sums[index], attention.mixer, inputs, target.to(weight.device).view_as(inputs.q), span)
             calls.clear()
             if progress is not None:
                 progress(number, len(sequences))
@@ -125,8 +126,8 @@ def _attention_calls(model: Any, indices: list[int]) -> Iterator[dict[int, Any]]
             handle.remove()
 
 
-def _observe(sums: Sums, mixer: Mixer, inputs: MixerInputs, target: Tensor) -> None:
-    """Add one sequence."""
+def _observe(sums: Sums, mixer: Mixer, inputs: MixerInputs, target: Tensor, span: int) -> None:
+    """Add one sequence; `span`: how far the teacher's own attention reaches."""
     branches, _ = mixer.branches(inputs, None, False)
     y, target = mixer.output(branches, inputs).double(), target.double()
     sums.add("square", (y - target).square().sum((0, 1, 3)))
@@ -144,20 +145,19 @@ def _observe(sums: Sums, mixer: Mixer, inputs: MixerInputs, target: Tensor) -> N
         if isinstance(module, DecayGate):
             add(f"gate {name}", module(inputs.x))
     if isinstance(mixer.spec, WindowFields):
-        near, sink = _masses(mixer, inputs, branches.get("window"))
+        near, sink = _masses(mixer, inputs, branches.get("window"), span)
         add("sink", sink)
         if getattr(mixer.spec, "disjoint", False):
             add("teacher window", near)
             add("teacher linear", 1 - near)
 
 
-def _masses(mixer: Mixer, inputs: MixerInputs, window: Branch | None) -> tuple[Tensor, Tensor]:
+def _masses(mixer: Mixer, inputs: MixerInputs, window: Branch | None, span: int) -> tuple[Tensor, Tensor]:
     """[B, T, H] each: the teacher's attention that the window covers, and the part of the window's mass on sinks."""
     spec, scale = mixer.spec, mixer.shape.scale
     q, k = inputs.rotated(mixer.impl)
-    length = q.shape[1]
     common: dict[str, Any] = {"scale": scale, "return_state": False, "impl": mixer.impl}
-    _, everything, _ = window_attention(q, k, inputs.v, window=length, **common)
+    _, everything, _ = window_attention(q, k, inputs.v, window=span, **common)
     _, covered, _ = window_attention(q, k, inputs.v, window=spec.window, keep=spec.keep, **common)
     if not spec.window_rope:
         q, k = inputs.q, inputs.k
@@ -168,7 +168,7 @@ def _masses(mixer: Mixer, inputs: MixerInputs, window: Branch | None) -> tuple[T
     sinks = getattr(getattr(mixer, "window", None), "sinks", None)
     if sinks is not None:
         sink = sink + (sinks.logsumexp(-1) - mass).exp()
-    return (covered - everything).exp(), sink
+    return (covered - everything).exp().clamp(max=1), sink  # kept tokens may lie beyond the span
 
 
 def _layer(index: int, mixer: Mixer, sums: Sums, tokens: int) -> Layer:

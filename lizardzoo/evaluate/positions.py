@@ -190,13 +190,13 @@ def _narrowest_window(models: Sequence[PreTrainedModel]) -> int:
 def measure(
     runs: Sequence[Run],
     sequences: Tensor,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | Run | None,
     batch_size: int = 1,
     chunk_size: int = CHUNK_SIZE,
     progress: Progress | None = None,
 ) -> list[Curves]:
     """All runs on the same batches, so that the teacher runs once; per token in fp32, summed in float64."""
-    goal_run = None if teacher is None else next((run for run in runs if run == Run(teacher)), Run(teacher))
+    goal_run = teacher if isinstance(teacher, Run) or teacher is None else Run(teacher)
     everyone = [*runs, *([] if goal_run is None or goal_run in runs else [goal_run])]
     models = list({id(run.model): run.model for run in everyone}.values())
     check_sequences(models, sequences)
@@ -220,8 +220,8 @@ def measure(
                     inner = slice(part.start - chunk.start, part.stop - chunk.start)
                     target = ids[:, part.start + 1 : part.stop + 1]
                     goal = None
-                    if teacher is not None and expected is not None:
-                        goal = _log_probs(teacher, expected[:, inner])
+                    if goal_run is not None and expected is not None:
+                        goal = _log_probs(goal_run.model, expected[:, inner])
                     for index, run in enumerate(runs):
                         log_probs = _log_probs(run.model, hidden[index][:, inner])
                         chosen = log_probs.gather(-1, target.to(log_probs.device).unsqueeze(-1)).squeeze(-1)

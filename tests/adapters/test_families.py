@@ -156,3 +156,27 @@ def test_documents_train_and_travel(name: str, tmp_path: Path) -> None:
         assert torch.equal(lz.from_pretrained(tmp_path)(a).logits, model(a).logits)
     model(a, labels=a, use_cache=False).loss.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+@every_family
+def test_diagnosis_selection_and_chunked_evaluation_know_the_family(name: str) -> None:
+    """They reach into attentions by name, and read a text through caches."""
+    teacher = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    text = tokens(2, 32)
+    model = student(teacher, MIXED)
+    found = lz.diagnose(model, text, teacher=teacher)
+    assert [layer.layer for layer in found.layers] == [0, 3]
+    own = lz.diagnose(model, text)
+    for a, b in zip(found.layers, own.layers, strict=True):
+        assert a.error == pytest.approx(b.error, rel=1e-3)
+        assert all(0 < error < 10 for error in a.error)
+    near = found.layers[0].teacher_shares["window"]
+    assert all(0 < share <= 1 for share in near)
+    selection = lz.select_layers(model, text, keep=4, teacher=teacher)
+    assert selection.curve[-1] == pytest.approx(0, abs=1e-6)
+    assert selection.curve[0] > 1e-4
+    whole, chunked = (
+        lz.evaluate.by_position(model, text, teacher=teacher, chunk_size=size).overall for size in (32, 5)
+    )
+    assert whole.perplexity == pytest.approx(chunked.perplexity, rel=1e-4)
+    assert whole.kl == pytest.approx(chunked.kl, rel=1e-3)
