@@ -26,7 +26,7 @@ def markdown(results: dict[str, Any]) -> str:
     parts = [
         f"Stages of {amounts}, {settings['batch']} x {settings['tokens']} tokens a step, {settings['dtype']}. "
         f"KL to the teacher in nats per token by position, below it perplexity over the teacher's; mean over "
-        f"seeds, and half their spread. State: bytes per sequence, of any length, without the cache of kept softmax layers."
+        f"seeds, and half their spread. State: bytes per sequence, of any length, without kept softmax layers' cache."
     ]
     for text in texts_of(results):
         for stage in NAMES:

@@ -14,7 +14,7 @@ from lizardzoo import evaluate
 from lizardzoo.config import PRESETS
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MODULES = ("compare", "compare_report", "variants")
+MODULES = ("compare", "compare_report", "comparison", "variants")
 
 
 @pytest.fixture
@@ -31,6 +31,11 @@ def compare(monkeypatch):
 @pytest.fixture
 def variants(compare):
     return sys.modules["variants"]
+
+
+@pytest.fixture
+def comparison(compare):
+    return sys.modules["comparison"]
 
 
 @pytest.fixture
@@ -104,11 +109,11 @@ def test_every_variant_is_trained_measured_and_told(call, tiny_folder, tiny_toke
     assert (tmp_path / "out" / "results.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(call, compare, monkeypatch):
+def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(call, comparison, monkeypatch):
     """Stopped by its time, then in the middle of a variant; what was done is not done again, nor text read again."""
     whole = call("--stages", 1, out="whole")
     assert call("--stages", 1, "--minutes", 0) is None
-    measure, calls = compare.Comparison.measure, []
+    measure, calls = comparison.Comparison.measure, []
 
     def interrupted(self, model):
         calls.append(model)
@@ -116,18 +121,18 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(call, compare, monke
             raise KeyboardInterrupt
         return measure(self, model)
 
-    monkeypatch.setattr(compare.Comparison, "measure", interrupted)
+    monkeypatch.setattr(comparison.Comparison, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         call("--stages", 1)
 
     def again(*_, **__):
         raise AssertionError("the text was read again")
 
-    monkeypatch.setattr(compare.evaluate, "sequences", again)
-    monkeypatch.setattr(compare, "load_data", again)
+    monkeypatch.setattr(comparison.evaluate, "sequences", again)
+    monkeypatch.setattr(comparison, "load_data", again)
     assert without_times(call("--stages", 1)) == without_times(whole)
     assert len(calls) == 4 + 2  # the start and stage 1 of the last variant
-    monkeypatch.setattr(compare.lz, "distill", again)
+    monkeypatch.setattr(comparison.lz, "distill", again)
     assert without_times(call("--stages", 1)) == without_times(whole)
     assert len(calls) == 6
 
