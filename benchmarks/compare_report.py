@@ -47,6 +47,13 @@ def markdown(results: dict[str, Any]) -> str:
             f"Chosen greedily on {selection['of']}: {', '.join(map(str, selection['kept']))}. "
             f"KL with the first 0, 1, 2, ... of them: {', '.join(f'{kl:.4f}' for kl in selection['curve'])}.",
         ]
+    if results["windows"]:
+        windows = results["windows"]
+        parts += [
+            "## Windows by layer, at the same state",
+            f"Chosen on {windows['of']}, KL {windows['kl_before']:.4f} before and {windows['kl']:.4f} with: "
+            f"{', '.join(map(str, windows['windows']))}.",
+        ]
     return "\n\n".join(parts) + "\n"
 
 

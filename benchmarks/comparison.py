@@ -29,8 +29,8 @@ from lizardzoo.smollm2 import load_teacher
 STAGES = ("start", "transfer", "finetune")
 RANKED = "recommended"
 """The variant whose first stage ranks the layers for those that keep softmax."""
-CALIBRATION = 4
-"""Training sequences on which start values are set and layers are ranked."""
+CALIBRATION, RANKING = 4, 16
+"""Training sequences on which start values are set, and those on which layers are ranked and windows shared out."""
 MOST_KEPT = 8
 """Layers that are chosen, one after the other; a variant takes the first of them."""
 
@@ -40,7 +40,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        empty: dict[str, Any] = {"settings": None, "selection": None, "runs": {}}
+        empty: dict[str, Any] = {"settings": None, "selection": None, "windows": None, "runs": {}}
         self.values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else empty
 
     def settle(self, settings: dict[str, Any]) -> None:
@@ -76,7 +76,8 @@ class Comparison:
         self.teacher.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         self.texts = dict(map(self.read, arguments.text))
         self.train = {seed: self.pack(seed) for seed in arguments.seeds}
-        self.calibration = torch.tensor(self.train[arguments.seeds[0]][:CALIBRATION]["input_ids"])
+        self.ranking_text = torch.tensor(self.train[arguments.seeds[0]][:RANKING]["input_ids"])
+        self.calibration = self.ranking_text[:CALIBRATION]
         budget = {
             name: getattr(arguments, name) for name in ("steps", "batch", "tokens", "dtype", "distances", "few_shot")
         }
@@ -145,24 +146,38 @@ class Comparison:
         layers: list[Any] = [variant.spec_for(self.teacher)] * self.teacher.config.num_hidden_layers
         for index in self.ranking()[: variant.softmax] if variant.softmax else ():
             layers[index] = lz.Softmax()
+        if variant.share_windows:
+            for index, window in enumerate(self.windows()):
+                layers[index] = dataclasses.replace(layers[index], window=window)
         return lz.linearize(self.teacher, layers, calibrate=self.calibration)
 
     def ranking(self) -> list[int]:
         """Layers by what their softmax is worth, best first: of RANKED after stage 1 where that has been run."""
         values = self.results.values
         if values["selection"] is None:
-            trained = self.folder(RANKED, self.arguments.seeds[0]) / "transfer"
-            model = lz.from_pretrained(trained).to(self.teacher.device) if trained.is_dir() else self.teacher
+            model, of = self.ranked()
             keep = min(MOST_KEPT, self.teacher.config.num_hidden_layers)
-            found = lz.select_layers(
-                model, self.calibration, keep, layers="recommended", teacher=self.teacher, greedy=True
-            )
-            values["selection"] = {
-                "of": str(trained) if trained.is_dir() else "the calibrated start",
-                **found.to_dict(),
-            }
+            found = lz.select_layers(model, self.ranking_text, keep, layers=RANKED, teacher=self.teacher, greedy=True)
+            values["selection"] = {"of": of, **found.to_dict()}
             self.results.save()
         return values["selection"]["kept"]
+
+    def windows(self) -> list[int]:
+        """The window of every layer, chosen on the same model."""
+        values = self.results.values
+        if values["windows"] is None:
+            model, of = self.ranked()
+            found = lz.select_windows(model, self.ranking_text, layers=RANKED, teacher=self.teacher)
+            values["windows"] = {"of": of, **found.to_dict()}
+            self.results.save()
+        return values["windows"]["windows"]
+
+    def ranked(self) -> tuple[Any, str]:
+        """RANKED after stage 1 where that has been run, else the teacher, of which it is made; and what that is."""
+        trained = self.folder(RANKED, self.arguments.seeds[0]) / "transfer"
+        if not trained.is_dir():
+            return self.teacher, f"{RANKED}, calibrated and not trained"
+        return lz.from_pretrained(trained).to(self.teacher.device), f"{RANKED} after stage 1"
 
     def folder(self, name: str, seed: int) -> Path:
         """Where a variant's models are."""

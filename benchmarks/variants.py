@@ -17,7 +17,8 @@ RECOMMENDED: Any = PRESETS.get("recommended")
 
 @dataclass(frozen=True)
 class Variant:
-    """A row. `spec` for all layers: a spec, or what makes one of the teacher; `softmax`: layers that keep theirs.
+    """A row. `spec` for all layers: a spec, or what makes one of the teacher; `softmax`: layers that keep theirs;
+    `share_windows`: windows differ by layer, as measured, at the same state in all.
 
     loss: weights of cross-entropy and KL in stage 2.
     """
@@ -26,6 +27,7 @@ class Variant:
     spec: MixerSpec | Callable[[Any], MixerSpec]
     differs: str
     softmax: int = 0
+    share_windows: bool = False
     loss: tuple[float, float] = (0.0, 1.0)
 
     def spec_for(self, teacher: Any) -> MixerSpec:
@@ -105,6 +107,7 @@ VARIANTS: list[Variant] = [
         for dim in (16, 32)
     ),
     *(variant for window in (64, 256, 512) for variant in wide(window)),
+    Variant("windows-by-layer", RECOMMENDED, "windows shared out among the layers, same state", share_windows=True),
     Variant("loss-ce", RECOMMENDED, "stage 2 with cross-entropy", loss=(1.0, 0.0)),
     Variant("loss-both", RECOMMENDED, "stage 2 with cross-entropy and KL", loss=(0.5, 0.5)),
     *(

@@ -1,7 +1,7 @@
 """lizardzoo: a modular zoo of token mixers that linearizes pretrained language models.
 
-The verbs `linearize`, `distill`, `diagnose` and `select_layers` have the names of the modules they come from; what else
-those modules hold is imported as in `from lizardzoo.distill import load_data`.
+The verbs `linearize`, `distill` and `diagnose` have the names of the modules they come from; what else those modules
+hold is imported as in `from lizardzoo.distill import load_data`.
 """
 
 from lizardzoo import evaluate
@@ -12,7 +12,7 @@ from lizardzoo.distill import distill
 from lizardzoo.errors import LizardzooError
 from lizardzoo.linearize import from_pretrained, linearize
 from lizardzoo.mixers import GatedLinear, Hybrid, Softmax, Window
-from lizardzoo.select_layers import select_layers
+from lizardzoo.selection import select_layers, select_windows
 
 __version__ = "0.1.0"
 __all__ = [
@@ -30,5 +30,6 @@ __all__ = [
     "register_mixer",
     "register_preset",
     "select_layers",
+    "select_windows",
     "softmax_mode",
 ]

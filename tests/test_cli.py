@@ -213,7 +213,17 @@ def test_wrong_usage_ends_with_code_2(tiny_folder):
 def test_version_and_help():
     assert succeed("--version").startswith("lizardzoo ")
     assert "lizardzoo linearize" in succeed("--help")
-    for command in ("list", "info", "linearize", "distill", "eval", "diagnose", "select-layers", "generate"):
+    for command in (
+        "list",
+        "info",
+        "linearize",
+        "distill",
+        "eval",
+        "diagnose",
+        "select-layers",
+        "select-windows",
+        "generate",
+    ):
         assert "Usage" in succeed(command, "--help")
 
 
@@ -439,6 +449,16 @@ def test_select_layers_writes_a_list_that_linearize_takes(student_folder, tiny_f
     found = json.loads(succeed("select-layers", tiny_folder, *common, *arguments))
     assert found["layers"].count(lz.Window().to_dict()) == 2
     assert "is there already" in fail("select-layers", tiny_folder, *common, *arguments)
+
+
+def test_select_windows_writes_a_list_that_linearize_takes(student_folder, text_file, tmp_path):
+    common = ("--text", text_file, "--length", 48, "--limit", 2)
+    out = succeed("select-windows", student_folder, *common, "--octaves", 1, "--out", tmp_path / "layers.json")
+    ids = evaluate.sequences(text_file, AutoTokenizer.from_pretrained(student_folder), 48, 2)
+    expected = lz.select_windows(lz.from_pretrained(student_folder), ids, octaves=1)
+    assert read_layers(str(tmp_path / "layers.json"), None, 3) == list(expected)
+    assert f"{expected.kl_before:.4f} before" in out
+    assert "is there already" in fail("select-windows", student_folder, *common, "--out", tmp_path / "layers.json")
 
 
 def test_select_layers_says_what_is_wrong(student_folder, text_file, tmp_path):

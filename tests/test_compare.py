@@ -47,6 +47,7 @@ def report(compare):
 def call(compare, variants, tiny_folder, tmp_path, monkeypatch):
     """The driver on the tiny Llama and windows that its short texts leave; returns results.json."""
     small = replace(PRESETS.get("recommended"), window=8)
+    monkeypatch.setitem(PRESETS._entries, "recommended", small)
     monkeypatch.setattr(
         compare,
         "VARIANTS",
@@ -54,6 +55,7 @@ def call(compare, variants, tiny_folder, tmp_path, monkeypatch):
             variants.Variant("recommended", small, ""),
             variants.Variant("bare", variants.at_state_of(lz.Window(), small), "bare"),
             variants.Variant("softmax-2", small, "two kept", softmax=2),
+            variants.Variant("shared", small, "shared windows", share_windows=True),
         ],
     )
     for name in ("train", "text"):
@@ -78,7 +80,6 @@ def without_times(results):
         for stage in run["stages"].values():
             stage.pop("seconds", None)
             stage.pop("seconds of measuring", None)
-    results["selection"] = None  # it names the folder
     return results
 
 
@@ -88,6 +89,7 @@ def test_every_variant_is_trained_measured_and_told(call, tiny_folder, tiny_toke
         "recommended, 0": ["start", "transfer", "finetune"],
         "bare, 0": ["start", "finetune"],
         "softmax-2, 0": ["start", "transfer", "finetune"],
+        "shared, 0": ["start", "transfer", "finetune"],
     }
     teacher = AutoModelForCausalLM.from_pretrained(tiny_folder)
     ids = evaluate.sequences(tmp_path / "text.txt", tiny_tokenizer, 48, 2)
@@ -100,7 +102,10 @@ def test_every_variant_is_trained_measured_and_told(call, tiny_folder, tiny_toke
     assert [row["name"] for row in stage["retrieval"]] == ["teacher", "student"]
     kept = [i for i, spec in enumerate(results["runs"]["softmax-2, 0"]["layers"]) if spec["type"] == "softmax"]
     assert kept == sorted(results["selection"]["kept"][:2])
-    assert results["selection"]["of"].endswith("recommended-0/transfer")
+    assert results["selection"]["of"] == results["windows"]["of"] == "recommended after stage 1"
+    shared = results["runs"]["shared, 0"]
+    assert [spec["window"] for spec in shared["layers"]] == results["windows"]["windows"]
+    assert shared["state bytes"] <= results["runs"]["recommended, 0"]["state bytes"]
     assert [path.name for path in (tmp_path / "out" / "runs").iterdir()] == ["recommended-0"]
     told = (tmp_path / "out" / "results.md").read_text()
     for name in ("recommended", "bare", "softmax-2", "After stage 2", "recall at 8"):
@@ -131,10 +136,10 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(call, comparison, mo
     monkeypatch.setattr(comparison.evaluate, "sequences", again)
     monkeypatch.setattr(comparison, "load_data", again)
     assert without_times(call("--stages", 1)) == without_times(whole)
-    assert len(calls) == 4 + 2  # the start and stage 1 of the last variant
+    assert len(calls) == 4 + 4  # the start and stage 1 of the last two variants
     monkeypatch.setattr(comparison.lz, "distill", again)
     assert without_times(call("--stages", 1)) == without_times(whole)
-    assert len(calls) == 6
+    assert len(calls) == 8
 
 
 def test_seeds_have_other_batches_and_one_row(call, report):
@@ -158,7 +163,7 @@ def test_what_does_not_fit_is_refused(call):
 def test_variants_are_told_apart_and_have_the_state_they_claim(compare, variants, tiny_llama):
     names = [variant.name for variant in variants.VARIANTS]
     assert len(set(names)) == len(names)
-    assert len({(repr(v.spec), v.softmax, v.loss) for v in variants.VARIANTS}) == len(names)
+    assert len({(repr(v.spec), v.softmax, v.share_windows, v.loss) for v in variants.VARIANTS}) == len(names)
     by_name = {variant.name: variant.spec_for(tiny_llama) for variant in variants.VARIANTS}
     for spec in by_name.values():
         assert lz.linearize(tiny_llama, spec).config.specs == [spec] * 3
@@ -188,7 +193,12 @@ def test_the_table_orders_by_what_is_far_and_puts_what_diverged_last(report):
 
     runs = [run("diverged", 0.0, float("nan")), run("worse", 0.0, 0.6), run("better", 1.0, 0.3)]
     settings = {"batch": 2, "tokens": 32, "steps": [1, 1], "dtype": "float32"}
-    results = {"settings": settings, "selection": None, "runs": {str(i): r for i, r in enumerate(runs)}}
+    results = {
+        "settings": settings,
+        "selection": None,
+        "windows": None,
+        "runs": {str(i): r for i, r in enumerate(runs)},
+    }
     rows = list(report.rows_of(results, "wiki", "transfer"))
     assert [name for name, _ in rows] == ["better", "worse", "diverged"]
     assert rows[0][1]["far"] == [pytest.approx((0.3 * 500 + 0.6 * 100) / 600)]

@@ -1,11 +1,11 @@
-"""`diagnose` and `select-layers`: what is wrong with a student, and which layers it had better leave alone."""
+"""`diagnose`, `select-layers` and `select-windows`: what is wrong with a student, and which hybrid suits a teacher."""
 
 from __future__ import annotations
 
 import json
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -23,7 +23,9 @@ from lizardzoo.cli.models import (
 )
 from lizardzoo.diagnose import diagnose as look_at
 from lizardzoo.errors import LizardzooError
-from lizardzoo.select_layers import select_layers as choose
+from lizardzoo.selection import Selection, WindowSelection
+from lizardzoo.selection import select_layers as choose_layers
+from lizardzoo.selection import select_windows as choose_windows
 
 DIAGNOSIS, PICTURE = "diagnosis.json", "diagnosis.png"
 
@@ -134,26 +136,77 @@ def select_layers(
     A student is ranked as it is; a teacher is linearized with --layers first, and
     says less: untrained mixers lose what trained ones keep.
     """
-    if file.suffix != ".json":
-        raise LizardzooError(
-            f"--out {file} is to hold JSON, which `linearize --layers` knows by its name; end it in .json"
-        )
-    if file.exists():
-        raise LizardzooError(f"--out {file} is there already; name a new file")
+    _refuse_layers_file(file)
     ids = evaluate.sequences(text, load_tokenizer(model), length, limit)
     subject = load_model(model, dtype, device)
     expected = None if teacher is None else load_model(teacher, dtype, device)
     with progress_bar("sequences", len(ids)) as progress:
-        given = (
-            "softmax" if is_linearized(subject.config) else read_layers(layers, None, subject.config.num_hidden_layers)
+        found = choose_layers(
+            subject, ids, keep, layers=_mixers_for(subject, layers), teacher=expected, greedy=greedy,
+            batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+    _tell(found, file, as_json)
+
+
+@app.command("select-windows")
+def select_windows(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A student, best after stage 1; or a teacher: folder or Hub id.")
+    ],
+    text: Annotated[Path, typer.Option(help="A text file (UTF-8, also .gz).")],
+    file: Annotated[Path, typer.Option("--out", "-o", help="New .json file for the layers list.")],
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", "-t", help="Of a student that has been through stage 2: its teacher.")
+    ] = None,
+    layers: Annotated[
+        str, typer.Option("--layers", "-l", help="The mixers of a teacher: a preset's name, or a .json or .py file.")
+    ] = "recommended",
+    octaves: Annotated[int, typer.Option(min=1, help="How often a window may be halved or doubled.")] = 2,
+    length: Annotated[int, typer.Option(help="Tokens per sequence; well beyond the windows.")] = 2048,
+    limit: Annotated[int, typer.Option(min=1, help="Read only so many sequences.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = "auto",
+) -> None:
+    """Share the windows out among the layers at the same state, by KL to the teacher on a text.
+
+    \b
+      lizardzoo select-windows runs/first/transfer --text novel.txt \\
+          --out layers.json
+    """
+    _refuse_layers_file(file)
+    ids = evaluate.sequences(text, load_tokenizer(model), length, limit)
+    subject = load_model(model, dtype, device)
+    expected = None if teacher is None else load_model(teacher, dtype, device)
+    with progress_bar("sequences", len(ids)) as progress:
+        found = choose_windows(
+            subject, ids, layers=_mixers_for(subject, layers), teacher=expected, octaves=octaves,
+            batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+    _tell(found, file, as_json)
+
+
+def _refuse_layers_file(file: Path) -> None:
+    if file.suffix != ".json":
+        raise LizardzooError(
+            f"--out {file} is to hold JSON, which `linearize --layers` knows by its name: end it in .json"
         )
-        found = choose(
-            subject, ids, keep, layers=given, teacher=expected, greedy=greedy, batch_size=batch_size, progress=progress
-        )
+    if file.exists():
+        raise LizardzooError(f"--out {file} is there already; name a new file")
+
+
+def _mixers_for(model: Any, layers: str) -> Any:
+    """The layers of a teacher; a student has its own."""
+    return "softmax" if is_linearized(model.config) else read_layers(layers, None, model.config.num_hidden_layers)
+
+
+def _tell(found: Selection | WindowSelection, file: Path, as_json: bool) -> None:
+    """Write the layers list, show the rest."""
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(found.to_dict()["layers"], indent=2) + "\n", encoding="utf-8")
     if as_json:
-        print(found.to_json())  # noqa: T201
+        print(found.to_json())  # noqa: T201  rich would break long lines
         return
     out.print(found.table())
     out.print(f"wrote {escape(str(file))}", soft_wrap=True, highlight=False)

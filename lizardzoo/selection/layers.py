@@ -18,18 +18,15 @@ from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
-from lizardzoo.adapters import softmax_mode
 from lizardzoo.config import MixerSpec, SpecLike
 from lizardzoo.errors import LizardzooError
 from lizardzoo.evaluate.ablation import mixers_of
-from lizardzoo.evaluate.positions import Progress, Run, check_sequences, measure
-from lizardzoo.linearize import linearize
+from lizardzoo.evaluate.positions import Progress, Run
 from lizardzoo.mixers.softmax import Softmax
+from lizardzoo.selection.kl import Text, student_and_goal
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-CALIBRATION_SEQUENCES = 2
 
 
 @dataclass(frozen=True)
@@ -136,12 +133,7 @@ def select_layers(
     Raises:
         LizardzooError: as `lizardzoo.linearize` and `lizardzoo.evaluate.by_position`; a keep that does not fit.
     """
-    check_sequences([model, *([] if teacher is None else [teacher])], sequences)
-    if not hasattr(model, "mixers"):
-        teacher = model if teacher is None else teacher
-        student = linearize(model, layers, calibrate=sequences[:CALIBRATION_SEQUENCES])
-    else:
-        student = model
+    student, goal = student_and_goal(model, sequences, layers, teacher)
     specs = list(student.config.specs)
     candidates = list(mixers_of(student))
     already = [index for index in range(len(specs)) if index not in candidates]
@@ -152,21 +144,12 @@ def select_layers(
             f"(all layers), got {keep!r}"
         )
     count = keep - len(already)
-    rounds = count if greedy else 2
-    goal = Run(student, partial(softmax_mode, student)) if teacher is None else Run(teacher)
-    done = 0
+    rounds = count if greedy else 1 + (count > 0)
+    text = Text(sequences, goal, batch_size, max(1, rounds), progress)
 
     def kls(sets: Sequence[Sequence[int]]) -> list[float]:
-        """With softmax in each of these sets of layers; one pass over the text."""
-        nonlocal done
-        told = None
-        if progress is not None:
-            before = done
-            told = lambda now, total: progress(before + now, max(1, rounds) * total)  # noqa: E731
-        runs = [Run(student, partial(softmax_in, student, tuple(chosen))) for chosen in sets]
-        curves = measure(runs, sequences, goal, batch_size, sequences.shape[1], told)
-        done += len(sequences)
-        return [float(curve.cut([]).overall.kl or 0.0) for curve in curves]
+        """With softmax in each of these sets of layers."""
+        return text.kls([Run(student, partial(softmax_in, student, tuple(chosen))) for chosen in sets])
 
     base, *single = kls([(), *((index,) for index in candidates)])
     ranking = sorted((Worth(i, kl, base - kl) for i, kl in zip(candidates, single)), key=lambda w: -w.worth)
