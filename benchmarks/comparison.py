@@ -157,7 +157,9 @@ class Comparison:
         if values["selection"] is None:
             model, of = self.ranked()
             keep = min(MOST_KEPT, self.teacher.config.num_hidden_layers)
-            found = lz.select_layers(model, self.ranking_text, keep, layers=RANKED, teacher=self.teacher, greedy=True)
+            found = lz.select_layers(
+                model, self.ranking_text, keep, layers=RANKED, teacher=self.teacher, greedy=True, batch_size=4
+            )
             values["selection"] = {"of": of, **found.to_dict()}
             self.results.save()
         return values["selection"]["kept"]
@@ -167,7 +169,7 @@ class Comparison:
         values = self.results.values
         if values["windows"] is None:
             model, of = self.ranked()
-            found = lz.select_windows(model, self.ranking_text, layers=RANKED, teacher=self.teacher)
+            found = lz.select_windows(model, self.ranking_text, layers=RANKED, teacher=self.teacher, batch_size=4)
             values["windows"] = {"of": of, **found.to_dict()}
             self.results.save()
         return values["windows"]["windows"]

@@ -132,3 +132,12 @@ def test_a_number_that_does_not_fit_is_refused(tiny_llama, text, keep):
 def test_what_is_no_text_is_refused(tiny_llama):
     with pytest.raises(LizardzooError, match=r"token ids \[N, T\], got list"):
         lz.select_layers(tiny_llama, [[1, 2]], 1)
+
+
+def test_a_diverged_model_is_refused(tiny_llama, text):
+    student = lz.linearize(tiny_llama, lz.Hybrid(window=WINDOW))
+    with torch.no_grad():
+        student.mixers()[1].log_scale.bias.fill_(float("nan"))
+    for choose in (lz.select_windows, lambda model, ids: lz.select_layers(model, ids, 1)):
+        with pytest.raises(LizardzooError, match="is not finite"):
+            choose(student.set_window(8) or student, text)

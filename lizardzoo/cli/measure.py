@@ -19,7 +19,7 @@ from lizardzoo.cli.models import DeviceOption, Dtype, DtypeOption, load_model, l
 from lizardzoo.config import MixerSpec
 from lizardzoo.errors import LizardzooError
 from lizardzoo.evaluate.ablation import mixers_of
-from lizardzoo.evaluate.plan import TEACHER
+from lizardzoo.evaluate.plan import TEACHER, plan
 from lizardzoo.evaluate.positions import CHUNK_SIZE
 from lizardzoo.evaluate.questions import SUFFIXES
 from lizardzoo.linearize import linearize
@@ -121,8 +121,11 @@ def eval_(
                         rows, expected, tokenizer, Path(next(iter(named_texts.values()))), distances=asked,
                         pairs=facts, samples=samples, ablate=ablated, chunk_size=chunk_size, progress=progress,
                     )  # fmt: skip
-            everyone = loaded if expected is None else {TEACHER: expected, **loaded}
-            scores = {} if source is None else {label: source(one, tokenizer) for label, one in everyone.items()}
+            scores = {}
+            if source is not None:
+                for row in plan(loaded, expected, ablated):
+                    with row.run.context():
+                        scores[row.name] = source(row.run.model, tokenizer)
         result = {
             "models": _labels(models),
             "teacher": teacher,

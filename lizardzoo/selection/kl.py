@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lizardzoo.adapters import softmax_mode
 from lizardzoo.config import SpecLike
+from lizardzoo.errors import LizardzooError
 from lizardzoo.evaluate.positions import Progress, Run, check_sequences, measure
 from lizardzoo.linearize import linearize
 
@@ -46,4 +48,10 @@ class Text:
         # All at once, without caches: a layer's cache would be a mixer's where it runs softmax.
         curves = measure(runs, self.sequences, self.goal, self.batch_size, self.sequences.shape[1], told)
         self.done += len(self.sequences)
-        return [float(curve.cut([]).overall.kl or 0.0) for curve in curves]
+        kls = [curve.cut([]).overall.kl or 0.0 for curve in curves]
+        if not all(map(math.isfinite, kls)):
+            raise LizardzooError(
+                "the model's KL to its teacher is not finite, so nothing can be chosen by it; lizardzoo.diagnose names "
+                "the layer where it begins"
+            )
+        return kls
