@@ -99,7 +99,10 @@ class Mixer(nn.Module):
 
     def shares(self, branches: dict[str, Branch], x: Tensor) -> dict[str, Tensor]:
         """Each branch's part of the output [B, T, H], together 1: by the norms of what each gives alone."""
-        norms = {name: self.merge({name: branch}, x).float().norm(dim=-1) for name, branch in branches.items()}
+        norms = {}
+        for name, branch in branches.items():
+            y = self.merge({name: branch}, x)
+            norms[name] = y.to(torch.promote_types(y.dtype, torch.float32)).norm(dim=-1)
         total = torch.stack(list(norms.values())).sum(0).clamp_min(torch.finfo(torch.float32).tiny)
         return {name: norm / total for name, norm in norms.items()}
 
