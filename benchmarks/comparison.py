@@ -67,6 +67,7 @@ class Comparison:
     def __init__(self, arguments: argparse.Namespace, results: Results) -> None:
         self.arguments, self.results = arguments, results
         self.out: Path = arguments.out
+        self.stages = STAGES[: 1 + arguments.stages]
         dtype = getattr(torch, arguments.dtype)
         if arguments.teacher is None:
             self.teacher, self.tokenizer = load_teacher(dtype)
@@ -126,16 +127,14 @@ class Comparison:
             Path(file.name).replace(path)
         return np.load(path)
 
-    def stages(self, variant: Variant) -> list[str]:
-        """The stages of a variant; a bare window has nothing to learn in the first."""
+    def learns(self, variant: Variant) -> bool:
+        """Whether there is anything to train in stage 1; a bare window has no parameters."""
         mixer = variant.spec_for(self.teacher).build(attention_shape(self.teacher.config))
-        wanted = STAGES[: 1 + self.arguments.stages]
-        learns = any(True for _ in mixer.parameters())
-        return [stage for stage in wanted if stage != "transfer" or learns]
+        return any(True for _ in mixer.parameters())
 
     def is_done(self, variant: Variant, seed: int) -> bool:
         """Whether every stage that is wanted has been measured."""
-        return not set(self.stages(variant)) - set(self.entry(variant, seed)["stages"])
+        return set(self.stages) <= set(self.entry(variant, seed)["stages"])
 
     def entry(self, variant: Variant, seed: int) -> dict[str, Any]:
         """What is known of a run."""
@@ -194,9 +193,10 @@ class Comparison:
         entry["state bytes"] = state_bytes(model) if model.mixers() else 0
         recipe = self.recipe(variant, seed)
         folder = self.folder(variant.name, seed)
-        for stage in self.stages(variant):
+        for stage in self.stages:
             found: dict[str, Any] = {}
-            if stage != "start":
+            idle = stage == "transfer" and not self.learns(variant)
+            if stage != "start" and not idle:
                 begun = time.monotonic()
                 if torch.cuda.is_available():
                     torch.cuda.reset_peak_memory_stats()
@@ -211,7 +211,7 @@ class Comparison:
             if stage in entry["stages"]:
                 continue
             begun = time.monotonic()
-            found |= self.measure(model)
+            found |= entry["stages"]["start"] if idle else self.measure(model)
             found["seconds of measuring"] = time.monotonic() - begun
             entry["stages"][stage] = found
             self.results.values["runs"][f"{variant.name}, {seed}"] = entry

@@ -87,10 +87,14 @@ def test_every_variant_is_trained_measured_and_told(call, tiny_folder, tiny_toke
     results = call("--stages", 2, "--distances", 8)
     assert {name: list(run["stages"]) for name, run in results["runs"].items()} == {
         "recommended, 0": ["start", "transfer", "finetune"],
-        "bare, 0": ["start", "finetune"],
+        "bare, 0": ["start", "transfer", "finetune"],
         "softmax-2, 0": ["start", "transfer", "finetune"],
         "shared, 0": ["start", "transfer", "finetune"],
     }
+    bare = results["runs"]["bare, 0"]["stages"]
+    assert (
+        bare["transfer"]["texts"] == bare["start"]["texts"] != bare["finetune"]["texts"]
+    )  # nothing to learn in stage 1
     teacher = AutoModelForCausalLM.from_pretrained(tiny_folder)
     ids = evaluate.sequences(tmp_path / "text.txt", tiny_tokenizer, 48, 2)
     trained = lz.from_pretrained(tmp_path / "out" / "runs" / "recommended-0" / "final")
