@@ -1,16 +1,18 @@
 """lizardzoo: a modular zoo of token mixers that linearizes pretrained language models.
 
-The verbs `linearize` and `distill` have the names of the modules they come from; what else those modules hold is
-imported as in `from lizardzoo.distill import load_data`.
+The verbs `linearize`, `distill` and `diagnose` have the names of the modules they come from; what else those modules
+hold is imported as in `from lizardzoo.distill import load_data`.
 """
 
 from lizardzoo import evaluate
 from lizardzoo.adapters import softmax_mode
 from lizardzoo.config import MixerSpec, register_mixer, register_preset
+from lizardzoo.diagnose import diagnose
 from lizardzoo.distill import distill
 from lizardzoo.errors import LizardzooError
 from lizardzoo.linearize import from_pretrained, linearize
 from lizardzoo.mixers import GatedLinear, Hybrid, Softmax, Window
+from lizardzoo.selection import select_layers, select_windows
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,11 +22,14 @@ __all__ = [
     "MixerSpec",
     "Softmax",
     "Window",
+    "diagnose",
     "distill",
     "evaluate",
     "from_pretrained",
     "linearize",
     "register_mixer",
     "register_preset",
+    "select_layers",
+    "select_windows",
     "softmax_mode",
 ]

@@ -213,7 +213,17 @@ def test_wrong_usage_ends_with_code_2(tiny_folder):
 def test_version_and_help():
     assert succeed("--version").startswith("lizardzoo ")
     assert "lizardzoo linearize" in succeed("--help")
-    for command in ("list", "info", "linearize", "distill", "eval", "generate"):
+    for command in (
+        "list",
+        "info",
+        "linearize",
+        "distill",
+        "eval",
+        "diagnose",
+        "select-layers",
+        "select-windows",
+        "generate",
+    ):
         assert "Usage" in succeed(command, "--help")
 
 
@@ -306,7 +316,8 @@ def test_eval_reports_what_evaluate_finds(student_folder, tiny_folder, text_file
     bare = f"bare window {window} (for student)"
     models = {"student": student, bare: lz.linearize(teacher, evaluate.matched_layers(student))}
     expected = evaluate.compare(models, teacher, ids, ablate=["student"])
-    assert result["positions"] == expected.to_dict()
+    assert result["positions"] == {"text.txt": expected.to_dict()}
+    assert result["texts"] == {"text.txt": str(text_file)}
     assert result["models"] == {"student": str(student_folder)}
     for row in expected.rows:
         assert row.name in out
@@ -314,7 +325,7 @@ def test_eval_reports_what_evaluate_finds(student_folder, tiny_folder, text_file
 
 def test_eval_prints_json_and_nothing_else(student_folder, text_file):
     out = succeed("eval", student_folder, "--text", text_file, "--length", 64, "--limit", 1, "--json")
-    rows = json.loads(out)["positions"]["rows"]
+    rows = json.loads(out)["positions"]["text.txt"]["rows"]
     assert [(row["name"], row["result"]["overall"]["kl"]) for row in rows] == [("student", None)]
 
 
@@ -325,11 +336,11 @@ def test_eval_compares_several_models(student_folder, tiny_folder, text_file, tm
         "eval", student_folder, other, "-t", tiny_folder, "--text", text_file, "--length", 32, "--limit", 1,
         "--json",
     )  # fmt: skip
-    names = [row["name"] for row in json.loads(out)["positions"]["rows"]]
+    names = [row["name"] for row in json.loads(out)["positions"]["text.txt"]["rows"]]
     assert names[:3] == ["teacher", str(student_folder), str(other)]
     assert len(names) == 4  # one baseline for both: their states are alike
     out = succeed("eval", other, "-t", tiny_folder, "--text", text_file, "--length", 32, "--no-baseline", "--json")
-    assert [row["name"] for row in json.loads(out)["positions"]["rows"]] == ["teacher", "student"]
+    assert [row["name"] for row in json.loads(out)["positions"]["text.txt"]["rows"]] == ["teacher", "student"]
 
 
 def test_eval_runs_local_tasks(student_folder, tiny_folder, tmp_path):
@@ -357,8 +368,49 @@ def test_eval_runs_local_tasks(student_folder, tiny_folder, tmp_path):
     assert left_behind(tmp_path / "out") == ["report.json"]
 
 
+def test_eval_asks_for_facts_and_questions_of_local_files(student_folder, tiny_folder, text_file, tmp_path):
+    rows = [{"query": f"{i} and", "choices": ["one", "two"], "gold": i % 2} for i in range(6)]
+    questions = tmp_path / "sums.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    second = tmp_path / "second.txt"
+    second.write_text(TEXT)
+    arguments = (
+        "eval", student_folder, "-t", tiny_folder, "--text", text_file, "--text", second, "--length", 48, "--limit", 1,
+        "--chunk-size", 16, "--recent", 32, "--distances", "8,32", "--samples", 2, "--facts", 2, "--ablate",
+        "--tasks", questions, "--few-shot", 2, "--few-shot-from", questions, "--out", tmp_path / "out",
+    )  # fmt: skip
+    out = succeed(*arguments)
+    plots = ["by_position_second.png", "by_position_text.png"]
+    assert left_behind(tmp_path / "out") == [*plots, "report.json", "retrieval.png"]
+    result = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [row["name"] for row in result["positions"]["second.txt"]["rows"]][:2] == [
+        "teacher",
+        "teacher, last 32 tokens",
+    ]
+    student, teacher = lz.from_pretrained(student_folder), AutoModelForCausalLM.from_pretrained(tiny_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    expected = evaluate.retrieval(
+        {"student": student}, teacher, tokenizer, text_file, distances=(8, 32), pairs=2, samples=2, ablate=True,
+        chunk_size=16,
+    )  # fmt: skip
+    for row in expected.to_dict()["rows"]:
+        assert row in result["retrieval"]["rows"]
+        assert row["name"] in out
+    names = evaluate.question_tasks([questions], tmp_path / "tasks", few_shot=2, examples=questions)
+    scores = evaluate.lm_eval(student, tokenizer, names, tmp_path / "tasks")
+    assert result["tasks"]["student"]["sums"]["acc,none"] == scores["sums"]["acc,none"]
+    assert list(result["tasks"]) == ["teacher", "student", "student without linear", "student without window"]
+    with evaluate.without(student, "window"):
+        without = evaluate.lm_eval(student, tokenizer, names, tmp_path / "tasks")
+    assert result["tasks"]["student without window"]["sums"] == without["sums"]
+
+
 def test_eval_says_what_is_wrong(student_folder, tiny_folder, text_file, tmp_path):
     assert "nothing to measure" in fail("eval", student_folder)
+    assert "needs a text" in fail("eval", student_folder, "--distances", "64", "--tasks", "piqa")
+    wrong = ("eval", student_folder, "--text", text_file, "--distances", "64,far")
+    assert "'far'" in fail(*wrong)
+    assert "give --tasks FILES and --few-shot N" in fail(*wrong[:-2], "--length", 64, "--few-shot-from", text_file)
     short = tmp_path / "short.txt"
     short.write_text("short")
     out = tmp_path / "out"
@@ -367,6 +419,71 @@ def test_eval_says_what_is_wrong(student_folder, tiny_folder, text_file, tmp_pat
     error = fail("eval", student_folder, "--text", text_file, "--length", 64, "--device", "abacus", "--out", out)
     assert "unknown device 'abacus'" in error
     assert left_behind(tmp_path) == ["short.txt", "text.txt"]
+
+
+# --- diagnose
+
+
+def test_diagnose_tells_what_is_wrong(student_folder, tiny_folder, text_file, tmp_path):
+    common = ("diagnose", student_folder, "-t", tiny_folder, "--text", text_file, "--length", 48, "--limit", 2)
+    out = succeed(*common, "--start", student_folder, "--out", tmp_path / "out")
+    assert left_behind(tmp_path / "out") == ["diagnosis.json", "diagnosis.png"]
+    student, teacher = lz.from_pretrained(student_folder), AutoModelForCausalLM.from_pretrained(tiny_folder)
+    ids = evaluate.sequences(text_file, AutoTokenizer.from_pretrained(tiny_folder), 48, 2)
+    expected = lz.diagnose(student, ids, teacher=teacher)
+    assert json.loads((tmp_path / "out" / "diagnosis.json").read_text()) == expected.to_dict()
+    assert "the model is not trained; run distill first" in out
+    assert expected.verdict in out
+    questions = tmp_path / "questions.jsonl"
+    rows = [{"query": f"{i}?", "choices": ["A", "B"], "gold": i % 2} for i in range(5)]
+    questions.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = (*common, "--questions", questions, "--few-shot", 1, "--few-shot-from", questions, "--question-limit", 4)
+    assert json.loads(succeed(*asked, "--json"))["letters"]["right"] == {"A": 2, "B": 2}
+    assert "A 2  B 2" in succeed(*asked)
+
+
+def test_diagnose_says_what_is_wrong_with_its_arguments(student_folder, tiny_folder, text_file, tmp_path):
+    common = ("--text", text_file, "--length", 48, "--limit", 1, "--out", tmp_path / "out")
+    assert "has no mixer to look at" in fail("diagnose", tiny_folder, *common)
+    assert "give --questions FILE" in fail("diagnose", student_folder, *common, "--few-shot-from", text_file)
+    assert "there is no file of questions" in fail("diagnose", student_folder, *common, "--questions", "no.jsonl")
+    assert left_behind(tmp_path) == ["text.txt"]
+
+
+# --- select-layers
+
+
+def test_select_layers_writes_a_list_that_linearize_takes(student_folder, tiny_folder, text_file, tmp_path):
+    common = ("--text", text_file, "--length", 48, "--limit", 2)
+    out = succeed("select-layers", student_folder, *common, "--keep", 2, "--out", tmp_path / "new" / "layers.json")
+    ids = evaluate.sequences(text_file, AutoTokenizer.from_pretrained(tiny_folder), 48, 2)
+    expected = lz.select_layers(lz.from_pretrained(student_folder), ids, 2)
+    assert read_layers(str(tmp_path / "new" / "layers.json"), None, 3) == list(expected)
+    assert f"{expected.ranking[0].worth:+.4f}" in out
+    succeed("linearize", tiny_folder, "--layers", tmp_path / "new" / "layers.json", "--out", tmp_path / "student")
+    assert lz.from_pretrained(tmp_path / "student").config.specs == list(expected)
+    (tmp_path / "l.json").write_text('["window", "window", "window"]')
+    arguments = ("--keep", 1, "--layers", tmp_path / "l.json", "--greedy", "--json", "--out", tmp_path / "two.json")
+    found = json.loads(succeed("select-layers", tiny_folder, *common, *arguments))
+    assert found["layers"].count(lz.Window().to_dict()) == 2
+    assert "is there already" in fail("select-layers", tiny_folder, *common, *arguments)
+
+
+def test_select_windows_writes_a_list_that_linearize_takes(student_folder, text_file, tmp_path):
+    common = ("--text", text_file, "--length", 48, "--limit", 2)
+    out = succeed("select-windows", student_folder, *common, "--octaves", 1, "--out", tmp_path / "layers.json")
+    ids = evaluate.sequences(text_file, AutoTokenizer.from_pretrained(student_folder), 48, 2)
+    expected = lz.select_windows(lz.from_pretrained(student_folder), ids, octaves=1)
+    assert read_layers(str(tmp_path / "layers.json"), None, 3) == list(expected)
+    assert f"{expected.kl_before:.4f} before" in out
+    assert "is there already" in fail("select-windows", student_folder, *common, "--out", tmp_path / "layers.json")
+
+
+def test_select_layers_says_what_is_wrong(student_folder, text_file, tmp_path):
+    common = ("select-layers", student_folder, "--text", text_file, "--length", 48, "--limit", 1)
+    assert "end it in .json" in fail(*common, "--keep", 1, "--out", tmp_path / "layers.txt")
+    assert "from 1 (layers that have softmax already) to 3" in fail(*common, "--keep", 4, "--out", tmp_path / "a.json")
+    assert left_behind(tmp_path) == ["text.txt"]
 
 
 # --- generate

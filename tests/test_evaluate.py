@@ -95,6 +95,58 @@ def test_slices_and_batches_change_nothing(student, tiny_llama, text, monkeypatc
         assert a.kl == pytest.approx(b.kl, rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 7, LENGTH - 2])
+def test_reading_in_chunks_changes_nothing(student, tiny_llama, text, chunk_size):
+    """The teacher, the student and each branch go on from caches of their own."""
+    whole, parts = (
+        evaluate.compare({"a": student}, tiny_llama, text, ablate=True, batch_size=2, chunk_size=size)
+        for size in (LENGTH, chunk_size)
+    )
+    for a, b in zip(whole.rows, parts.rows, strict=True):
+        assert a.name == b.name
+        for x, y in zip(a.result.curve, b.result.curve, strict=True):
+            assert x.perplexity == pytest.approx(y.perplexity, rel=1e-4)
+            assert x.kl == pytest.approx(y.kl, rel=1e-3, abs=1e-5)
+
+
+def test_no_more_than_a_chunk_is_read_at_once(student, tiny_llama, text, monkeypatch):
+    sizes = []
+    for model in (student, tiny_llama):
+        decoder = model.get_decoder()
+        forward = decoder.forward
+        monkeypatch.setattr(
+            decoder,
+            "forward",
+            lambda *a, forward=forward, **k: (sizes.append(k["input_ids"].shape[1]), forward(*a, **k))[1],
+        )
+    evaluate.compare({"a": student}, tiny_llama, text, chunk_size=10)
+    assert sizes.count(10) == 2 * 4 * len(text)  # 47 predictions: four whole chunks and one of 7
+    assert max(sizes) == 10
+
+
+def test_a_teacher_that_reads_its_last_tokens_predicts_from_them_alone(student, tiny_llama, text):
+    recent, chunk_size = 12, 5
+    report = evaluate.compare({"a": student}, tiny_llama, text, recent=recent, chunk_size=chunk_size, buckets=[20])
+    assert [row.name for row in report.rows] == ["teacher", "teacher, last 12 tokens", "a"]
+    nll = torch.zeros(len(text), LENGTH - 1, dtype=torch.float64)
+    for start in range(0, LENGTH - 1, chunk_size):
+        stop = min(start + chunk_size, LENGTH - 1)
+        first = max(0, stop - recent)
+        log_probs = logits_of(tiny_llama, text[:, first:stop]).double().log_softmax(-1)[:, start - first :]
+        nll[:, start:stop] = -log_probs.gather(-1, text[:, start + 1 : stop + 1, None]).squeeze(-1)
+    found = report["teacher, last 12 tokens"].result
+    for bucket in [*found.buckets, found.overall]:
+        expected = nll[:, bucket.start : bucket.stop].mean().exp().item()
+        assert bucket.perplexity == pytest.approx(expected, rel=1e-5)
+    assert found.overall.kl > 1e-4
+    memory = report["teacher, last 12 tokens"].memory
+    assert memory[2048] == memory[32768] == kv_bytes(tiny_llama, recent)
+    with pytest.raises(LizardzooError, match="at most half of them, got 7"):
+        evaluate.compare({}, tiny_llama, text, recent=12, chunk_size=7)
+    with pytest.raises(LizardzooError, match="there is no teacher"):
+        evaluate.compare({"a": student}, None, text, recent=12, chunk_size=6)
+
+
 def test_the_same_call_gives_the_same_numbers(student, tiny_llama, text):
     first, second = (evaluate.by_position(student, text, teacher=tiny_llama) for _ in range(2))
     assert first == second
@@ -173,6 +225,7 @@ def test_a_family_that_changes_its_logits_is_refused(tiny_llama, text):
         (torch.ones(1, 4, dtype=torch.long), {"window": 0}, "above 0"),
         (torch.ones(1, 4, dtype=torch.long), {"window": 2, "buckets": [3]}, "give one of them"),
         (torch.ones(1, 4, dtype=torch.long), {"batch_size": 0}, "batch_size"),
+        (torch.ones(1, 4, dtype=torch.long), {"chunk_size": 0}, "chunk_size must be at least 1"),
     ],
 )
 def test_wrong_input_gets_one_sentence(tiny_llama, ids, arguments, message):
@@ -393,6 +446,8 @@ def test_a_text_that_does_not_fit_gets_one_sentence(tiny_tokenizer, tmp_path):
     (tmp_path / "a.gz").write_bytes(b"no gzip")
     with pytest.raises(LizardzooError, match="not a whole gzip file"):
         evaluate.sequences(tmp_path / "a.gz", tiny_tokenizer, 4)
+    with pytest.raises(LizardzooError, match="no file has that name"):
+        evaluate.sequences("one long line " * 30, tiny_tokenizer, 4096)
     with pytest.raises(LizardzooError, match="limit must be"):
         evaluate.sequences("text" * 99, tiny_tokenizer, 4, limit=0)
 

@@ -21,7 +21,7 @@ MAX_LINES = 500
 GROUND = {"errors", "registry", "config"}
 MIXERS = GROUND | {"kernels", "mixers"}
 ADAPTERS = MIXERS | {"cache", "adapters"}
-VERBS = {"linearize", "distill", "evaluate", "diagnose", "hub"}
+VERBS = {"linearize", "distill", "evaluate", "diagnose", "selection", "hub"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
@@ -33,7 +33,8 @@ ROOMS: dict[str, set[str]] = {
     "linearize": ADAPTERS,
     "distill": ADAPTERS | {"linearize"},
     "evaluate": ADAPTERS | {"linearize"},
-    "diagnose": ADAPTERS | {"linearize"},
+    "diagnose": ADAPTERS | {"linearize", "evaluate"},
+    "selection": ADAPTERS | {"linearize", "evaluate"},
     "hub": ADAPTERS | {"linearize"},
     "smollm2": {"errors"},
     "testing": ADAPTERS | {"linearize"},  # for tests and plug-in authors: nothing in the package imports it
@@ -75,7 +76,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "lm_eval": {"evaluate"},
     "tqdm": {"distill"},
     "typer": {"cli"},
-    "rich": {"cli", "distill", "evaluate", "diagnose"},
+    "rich": {"cli", "distill", "evaluate", "diagnose", "selection"},
     "hypothesis": {"testing"},
 }
 # `import lizardzoo` and a forward pass need none of these.

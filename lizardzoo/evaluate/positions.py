@@ -3,6 +3,9 @@
 The position is that of the token that predicts: at position i a model has seen i + 1 tokens and is asked for
 the next one. So positions below the window are those where a windowed model has seen all there was. A
 sequence of T tokens has T - 1 predictions; the last token predicts nothing that could be checked.
+
+Memory is bounded: a sequence longer than `chunk_size` is read in pieces, each model going on from its own cache, and
+of a piece's logits only a part exists at once.
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lizardzoo.adapters.masks import CACHE_KEYWORD
 from lizardzoo.errors import LizardzooError
 from lizardzoo.evaluate.ablation import mixers_of
 
-EDGES = (512, 1024, 2048)
+EDGES = (512, 1024, 2048, 4096, 8192, 16384, 32768)
 DEFAULT_WINDOW = 128
 CURVE_POINTS = 64
+CHUNK_SIZE = 4096
 LOGITS_AT_ONCE = 1 << 23  # 32 MB of fp32: 2,048 x 49,152 logits would be 400 MB for every tensor of the formula
 
 Progress = Callable[[int, int], None]
@@ -69,6 +74,7 @@ def by_position(
     buckets: Sequence[int] | None = None,
     window: int | None = None,
     batch_size: int = 1,
+    chunk_size: int = CHUNK_SIZE,
     progress: Progress | None = None,
 ) -> ByPosition:
     """Perplexity and KL(teacher || model) by position bucket.
@@ -77,26 +83,55 @@ def by_position(
         model: a linearized model or any other causal LM of transformers.
         sequences: [N, T] token ids, as `lizardzoo.evaluate.sequences` makes them; no padding.
         teacher: the model that KL is measured from; None measures perplexity alone.
-        buckets: where a new bucket begins, e.g. (128, 512); by default the window, then 512, 1024 and 2048.
+        buckets: where a new bucket begins, e.g. (128, 512); by default the window, then 512, 1024, 2048, ... 32768.
         window: the first edge of the default buckets; by default the model's narrowest window, or 128 without
             one.
         batch_size: sequences per forward.
+        chunk_size: tokens per forward; a longer sequence is read in pieces through a cache.
         progress: called with the sequences done and their number.
 
     Raises:
         LizardzooError: token ids that do not fit the model, edges that do not rise, different vocabularies.
     """
     edges = bucket_edges([model], buckets, window)
-    (curves,) = measure([Run(model)], sequences, teacher, batch_size, progress)
+    (curves,) = measure([Run(model)], sequences, teacher, batch_size, chunk_size, progress)
     return curves.cut(edges)
 
 
 @dataclass(frozen=True)
 class Run:
-    """A model, and the context in which it is run (an ablation)."""
+    """A model, the context in which it is run (an ablation), and how far it looks back.
+
+    recent: None reads all that came before; n reads every chunk anew with what is before it, n tokens in all, so that
+    each prediction is made from the last n tokens at most (and from more than n - chunk_size).
+    """
 
     model: PreTrainedModel
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    recent: int | None = None
+
+
+class Reader:
+    """One run on one batch [B, T], a chunk after the other; `cached` keeps what it needs of the chunks before."""
+
+    def __init__(self, run: Run, ids: Tensor, cached: bool) -> None:
+        self.run = run
+        self.ids = ids.to(run.model.device)
+        self.cached = cached and run.recent is None
+        self.past: dict[str, Any] = {}
+
+    def read(self, chunk: slice) -> Tensor:
+        """[B, n, hidden] of the chunk: what the model hands to its vocabulary projection."""
+        start = chunk.start
+        if self.run.recent is not None:
+            start = max(0, chunk.stop - self.run.recent)
+        with self.run.context():
+            out = self.run.model.get_decoder()(
+                input_ids=self.ids[:, start : chunk.stop], use_cache=self.cached, **self.past
+            )
+        if self.cached:
+            self.past = {CACHE_KEYWORD: out[CACHE_KEYWORD]}
+        return out.last_hidden_state[:, chunk.start - start :]
 
 
 @dataclass(frozen=True)
@@ -155,42 +190,47 @@ def _narrowest_window(models: Sequence[PreTrainedModel]) -> int:
 def measure(
     runs: Sequence[Run],
     sequences: Tensor,
-    teacher: PreTrainedModel | None,
+    teacher: PreTrainedModel | Run | None,
     batch_size: int = 1,
+    chunk_size: int = CHUNK_SIZE,
     progress: Progress | None = None,
 ) -> list[Curves]:
     """All runs on the same batches, so that the teacher runs once; per token in fp32, summed in float64."""
-    models = list({id(m): m for m in [*(run.model for run in runs), *([teacher] if teacher else [])]}.values())
-    _check(models, sequences, batch_size)
+    goal_run = teacher if isinstance(teacher, Run) or teacher is None else Run(teacher)
+    everyone = [*runs, *([] if goal_run is None or goal_run in runs else [goal_run])]
+    models = list({id(run.model): run.model for run in everyone}.values())
+    check_sequences(models, sequences)
+    if batch_size < 1:
+        raise LizardzooError(f"batch_size must be at least 1, got {batch_size}")
+    check_chunks(runs, chunk_size)
     count, length = sequences.shape
     nll = [torch.zeros(length - 1, dtype=torch.float64) for _ in runs]
     kl = [torch.zeros(length - 1, dtype=torch.float64) for _ in runs]
     with ExitStack() as stack:
         for model in models:
-            stack.enter_context(_in_eval_mode(model))
+            stack.enter_context(in_eval_mode(model))
             _check_head(model, sequences[:1, :8])
         for start in range(0, count, batch_size):
             ids = sequences[start : start + batch_size]
-            expected = None if teacher is None else _hidden(Run(teacher), ids)
-            hidden = [_hidden(run, ids) for run in runs]
-            for part in _slices(len(ids), length - 1, models[0].config.vocab_size):
-                target = ids[:, part.start + 1 : part.stop + 1]
-                goal = None if teacher is None or expected is None else _log_probs(teacher, expected[:, part])
-                for index, run in enumerate(runs):
-                    log_probs = _log_probs(run.model, hidden[index][:, part])
-                    chosen = log_probs.gather(-1, target.to(log_probs.device).unsqueeze(-1)).squeeze(-1)
-                    nll[index][part] -= chosen.cpu().double().sum(0)
-                    if goal is not None:
-                        kl[index][part] += _kl(goal.to(log_probs.device), log_probs).cpu().double().sum(0)
+            readers = [Reader(run, ids, cached=length - 1 > chunk_size) for run in everyone]
+            for chunk in _slices(0, length - 1, chunk_size):
+                hidden = [reader.read(chunk) for reader in readers]
+                expected = None if goal_run is None else hidden[everyone.index(goal_run)]
+                for part in _slices(chunk.start, chunk.stop, _logits_at_once(len(ids), models[0])):
+                    inner = slice(part.start - chunk.start, part.stop - chunk.start)
+                    target = ids[:, part.start + 1 : part.stop + 1]
+                    goal = None
+                    if goal_run is not None and expected is not None:
+                        goal = _log_probs(goal_run.model, expected[:, inner])
+                    for index, run in enumerate(runs):
+                        log_probs = _log_probs(run.model, hidden[index][:, inner])
+                        chosen = log_probs.gather(-1, target.to(log_probs.device).unsqueeze(-1)).squeeze(-1)
+                        nll[index][part] -= chosen.cpu().double().sum(0)
+                        if goal is not None:
+                            kl[index][part] += _kl(goal.to(log_probs.device), log_probs).cpu().double().sum(0)
             if progress is not None:
                 progress(min(start + batch_size, count), count)
     return [Curves(count, a, None if teacher is None else b) for a, b in zip(nll, kl)]
-
-
-def _hidden(run: Run, ids: Tensor) -> Tensor:
-    """[B, T, hidden]: what the model hands to its vocabulary projection."""
-    with run.context():
-        return run.model.get_decoder()(input_ids=ids.to(run.model.device), use_cache=False).last_hidden_state
 
 
 def _log_probs(model: PreTrainedModel, hidden: Tensor) -> Tensor:
@@ -203,14 +243,19 @@ def _kl(goal: Tensor, log_probs: Tensor) -> Tensor:
     return (goal.exp() * (goal - log_probs)).sum(-1)
 
 
-def _slices(batch: int, positions: int, vocabulary: int) -> Iterator[slice]:
-    size = max(1, LOGITS_AT_ONCE // (batch * vocabulary))
-    for start in range(0, positions, size):
-        yield slice(start, min(start + size, positions))
+def _logits_at_once(batch: int, model: PreTrainedModel) -> int:
+    """Positions."""
+    return max(1, LOGITS_AT_ONCE // (batch * model.config.vocab_size))
+
+
+def _slices(start: int, stop: int, size: int) -> Iterator[slice]:
+    for begin in range(start, stop, size):
+        yield slice(begin, min(begin + size, stop))
 
 
 @contextmanager
-def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
+def in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, the model is in eval mode; afterwards in the one it was in."""
     training = model.training
     model.eval()
     try:
@@ -219,15 +264,14 @@ def _in_eval_mode(model: PreTrainedModel) -> Iterator[None]:
         model.train(training)
 
 
-def _check(models: Sequence[PreTrainedModel], sequences: Tensor, batch_size: int) -> None:
+def check_sequences(models: Sequence[PreTrainedModel], sequences: Tensor) -> None:
+    """Refuse what is no [N, T] of token ids that all the models know."""
     if not isinstance(sequences, Tensor) or sequences.ndim != 2 or sequences.is_floating_point():
         raise LizardzooError(
             f"sequences are token ids [N, T], got {_describe(sequences)}; make them with lizardzoo.evaluate.sequences"
         )
     if sequences.shape[0] < 1 or sequences.shape[1] < 2:
         raise LizardzooError(f"sequences must be at least one of at least 2 tokens, got {_describe(sequences)}")
-    if batch_size < 1:
-        raise LizardzooError(f"batch_size must be at least 1, got {batch_size}")
     sizes = {model.get_output_embeddings().weight.shape[0] for model in models}
     if len(sizes) > 1:
         raise LizardzooError(
@@ -242,6 +286,18 @@ def _check(models: Sequence[PreTrainedModel], sequences: Tensor, batch_size: int
         )
 
 
+def check_chunks(runs: Sequence[Run], chunk_size: int) -> None:
+    """Refuse chunks of no token, and those that leave a run of the last tokens with almost none."""
+    if chunk_size < 1:
+        raise LizardzooError(f"chunk_size must be at least 1 token, got {chunk_size}")
+    for run in runs:
+        if run.recent is not None and run.recent < 2 * chunk_size:
+            raise LizardzooError(
+                f"a model that reads its last {run.recent} tokens needs a chunk_size of at most half of them, "
+                f"got {chunk_size}; otherwise the first tokens of a chunk would see almost nothing"
+            )
+
+
 def _describe(value: object) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
@@ -249,7 +305,7 @@ def _describe(value: object) -> str:
 def _check_head(model: PreTrainedModel, ids: Tensor) -> None:
     """The logits here are lm_head(hidden states): refuse a family that then scales or caps them."""
     own = model(input_ids=ids.to(model.device), use_cache=False).logits.float()
-    here = model.get_output_embeddings()(_hidden(Run(model), ids)).float()
+    here = model.get_output_embeddings()(Reader(Run(model), ids, cached=False).read(slice(0, ids.shape[1]))).float()
     if not torch.allclose(own, here, rtol=1e-2, atol=1e-2):
         raise LizardzooError(
             f"{type(model).__name__} does more to its logits than lm_head(hidden states), which is all that "

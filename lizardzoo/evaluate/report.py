@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,14 +15,14 @@ from transformers import PreTrainedModel
 
 from lizardzoo.cache import kv_bytes, state_bytes
 from lizardzoo.errors import LizardzooError
-from lizardzoo.evaluate.ablation import branch_names, mixers_of, without
-from lizardzoo.evaluate.positions import ByPosition, Progress, Run, bucket_edges, measure
+from lizardzoo.evaluate.ablation import mixers_of
+from lizardzoo.evaluate.plan import TEACHER, plan
+from lizardzoo.evaluate.positions import CHUNK_SIZE, ByPosition, Progress, bucket_edges, measure
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 LENGTHS = (2048, 32768, 131072)
-TEACHER = "teacher"
 
 
 @dataclass(frozen=True)
@@ -101,16 +100,11 @@ class Report:
         Raises:
             LizardzooError: matplotlib is not installed.
         """
-        try:
-            from matplotlib.figure import Figure
-            from matplotlib.ticker import StrMethodFormatter
-        except ImportError as error:
-            raise LizardzooError(
-                'a plot needs the package matplotlib, which is not installed; pip install "lizardzoo[eval]"'
-            ) from error
+        figure_class = figures()
+        from matplotlib.ticker import StrMethodFormatter
 
         with_kl = any(row.result.overall.kl is not None for row in self.rows)
-        figure = Figure(figsize=(11 if with_kl else 6, 4), layout="constrained")
+        figure = figure_class(figsize=(11 if with_kl else 6, 4), layout="constrained")
         axes = figure.subplots(1, 2 if with_kl else 1, squeeze=False)[0]
         for index, row in enumerate(self.rows):
             points = row.result.curve
@@ -133,10 +127,7 @@ class Report:
             set_formatter(StrMethodFormatter("{x:g}"))
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small")
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(target, dpi=150)
-        return target
+        return save_figure(figure, path)
 
 
 def compare(
@@ -148,7 +139,9 @@ def compare(
     buckets: Sequence[int] | None = None,
     window: int | None = None,
     lengths: Sequence[int] = LENGTHS,
+    recent: int | None = None,
     batch_size: int = 1,
+    chunk_size: int = CHUNK_SIZE,
     progress: Progress | None = None,
 ) -> Report:
     """Teacher and students side by side: same text, same batches, same code.
@@ -159,42 +152,51 @@ def compare(
         sequences: [N, T] token ids, as `lizardzoo.evaluate.sequences` makes them.
         ablate: True measures each linearized model also with each of its branches switched off in turn;
             a list of names only those.
-        buckets, window, batch_size, progress: as for `by_position`; the window is the narrowest of all.
+        buckets, window, batch_size, chunk_size, progress: as for `by_position`; the window is the narrowest of all.
+        recent: also the teacher reading only its last so many tokens: what is left of it beyond its training length,
+            where it may read no more. At least two chunks.
         lengths: the lengths in tokens at which bytes are counted.
 
     Raises:
         LizardzooError: as `by_position`; no model at all; a name that is taken or unknown.
     """
-    if TEACHER in models:
-        raise LizardzooError(f"the name {TEACHER!r} belongs to the teacher's own row; name the model otherwise")
-    named = {**({} if teacher is None else {TEACHER: teacher}), **models}
-    if not named:
-        raise LizardzooError("there is no model to compare; give a dict of at least one, or a teacher")
-    chosen = [name for name in models if ablate is True] if isinstance(ablate, bool) else list(ablate)
-    if unknown := [name for name in chosen if name not in models]:
-        raise LizardzooError(f"ablate names {unknown[0]!r}, which is none of the models: {', '.join(models)}")
-
-    edges = bucket_edges(list(named.values()), buckets, window)
-    plan: list[tuple[str, str | None]] = []
-    for name, model in named.items():
-        plan.append((name, None))
-        plan += [(name, branch) for branch in branch_names(model) if name in chosen]
-    runs = [
-        Run(named[name]) if branch is None else Run(named[name], partial(without, named[name], branch))
-        for name, branch in plan
-    ]
-    curves = measure(runs, sequences, teacher, batch_size, progress)
+    rows_to_be = plan(models, teacher, ablate, recent)
+    edges = bucket_edges([entry.run.model for entry in rows_to_be], buckets, window)
+    curves = measure([entry.run for entry in rows_to_be], sequences, teacher, batch_size, chunk_size, progress)
     rows = [
         Row(
-            name=name if branch is None else f"{name} without {branch}",
-            model=name,
-            without=branch,
+            name=entry.name,
+            model=entry.model,
+            without=entry.without,
             result=curve.cut(edges),
-            memory={length: memory_bytes(named[name], length) for length in lengths},
+            memory={n: memory_bytes(entry.run.model, min(n, entry.run.recent or n)) for n in lengths},
         )
-        for (name, branch), curve in zip(plan, curves)
+        for entry, curve in zip(rows_to_be, curves)
     ]
     return Report(sequences.shape[0], sequences.shape[1], rows)
+
+
+def figures() -> Any:
+    """matplotlib's class of figures.
+
+    Raises:
+        LizardzooError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise LizardzooError(
+            'a plot needs the package matplotlib, which is not installed; pip install "lizardzoo[eval]"'
+        ) from error
+    return Figure
+
+
+def save_figure(figure: Any, path: str | os.PathLike[str]) -> Path:
+    """Write a figure (PNG, or what the suffix says); returns the path."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=150)
+    return target
 
 
 def memory_bytes(model: PreTrainedModel, length: int) -> int:

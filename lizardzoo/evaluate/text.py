@@ -37,9 +37,9 @@ def sequences(
     _at_least("length", length, 2)
     if limit is not None:
         _at_least("limit", limit, 1)
-    text, source = _read(text_or_path)
+    text, source = read_text_or_path(text_or_path)
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    prefix = _prefix(tokenizer)
+    prefix = begin_of_text(tokenizer)
     body = length - len(prefix)
     count = len(ids) // body
     if count == 0:
@@ -57,13 +57,13 @@ def _at_least(name: str, value: int, least: int) -> None:
         raise LizardzooError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def begin_of_text(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """[bos] where the tokenizer begins every text with it, else nothing."""
     own = tokenizer("")["input_ids"]
     return own[:1] if own and own[0] == tokenizer.bos_token_id else []
 
 
-def _read(text_or_path: str | os.PathLike[str]) -> tuple[str, str]:
+def read_text_or_path(text_or_path: str | os.PathLike[str]) -> tuple[str, str]:
     """The text, and what to call it in an error."""
     if isinstance(text_or_path, str) and not _names_a_file(text_or_path):
         start = text_or_path[:40] + ("..." if len(text_or_path) > 40 else "")
@@ -90,4 +90,4 @@ def read_text(path: str | os.PathLike[str]) -> str:
 
 
 def _names_a_file(text: str) -> bool:
-    return 0 < len(text) < 4096 and "\n" not in text and "\0" not in text and Path(text).is_file()
+    return os.path.isfile(text)  # False for what can be no name at all; Path.is_file would raise

@@ -102,6 +102,15 @@ class Mixer(nn.Module):
         (branch,) = branches.values()
         return branch.y
 
+    def shares(self, branches: dict[str, Branch], x: Tensor) -> dict[str, Tensor]:
+        """Each branch's part of the output [B, T, H], together 1: by the norms of what each gives alone."""
+        norms = {}
+        for name, branch in branches.items():
+            y = self.merge({name: branch}, x)
+            norms[name] = y.to(torch.promote_types(y.dtype, torch.float32)).norm(dim=-1)
+        total = torch.stack(list(norms.values())).sum(0).clamp_min(torch.finfo(torch.float32).tiny)
+        return {name: norm / total for name, norm in norms.items()}
+
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> Any:
         """The state before the first token: a (nested) NamedTuple of tensors whose size never changes."""
         raise NotImplementedError

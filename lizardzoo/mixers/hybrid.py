@@ -166,6 +166,13 @@ class HybridMixer(Mixer):
         assert isinstance(total, Tensor)
         return total
 
+    def shares(self, branches: dict[str, Branch], x: Tensor) -> dict[str, Tensor]:
+        """Under one denominator a branch's part is its part of the mass."""
+        if self.spec.merge != "joint":
+            return super().shares(branches, x)
+        masses = torch.stack([branch.log_mass for branch in branches.values()])
+        return dict(zip(branches, masses.softmax(0)))
+
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> HybridState:
         window = self.window.init_state(self.spec, batch, dtype, device)
         linear = self.linear.init_state(self._lag_and_skip()[0], batch, dtype, device)

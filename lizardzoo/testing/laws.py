@@ -294,6 +294,21 @@ def switching_all_branches_off_gives_nothing(
 
 
 @law
+def branches_share_the_output(data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int) -> None:
+    """`shares` gives every branch a part from 0 to 1, together 1; none to a branch that saw nothing."""
+    mixer = random_mixer(spec, shape, seed)
+    inputs = mixer_inputs(shape, 1, data.draw(st.integers(1, 12)), seed, TokenFlags(None, None))
+    branches, _ = mixer.branches(inputs, None, False)
+    shares = mixer.shares(branches, inputs.x)
+    assert tuple(shares) == tuple(branches) and set(shares) == set(mixer.branch_names)
+    total = torch.stack(list(shares.values())).sum(0)
+    assert_close(total, torch.ones_like(total), "the sum of the shares")
+    for name, share in shares.items():
+        assert (share >= 0).all(), f"{name} has a negative share"
+        assert (share[branches[name].log_mass == -torch.inf] == 0).all(), f"{name} has a share of what it did not see"
+
+
+@law
 def a_spec_round_trips(data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int) -> None:
     """Through JSON and back, exactly."""
     import json

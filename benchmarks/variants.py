@@ -1,0 +1,119 @@
+"""What `compare.py` compares: one mixer per row, each told by what differs from the recommended hybrid."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import lizardzoo as lz
+from lizardzoo.adapters.base import attention_shape
+from lizardzoo.config import PRESETS, MixerSpec
+from lizardzoo.kernels.state import state_tensors
+from lizardzoo.mixers.branches import MAX_SIZE
+
+RECOMMENDED: Any = PRESETS.get("recommended")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A row. `spec` for all layers: a spec, or what makes one of the teacher; `softmax`: layers that keep theirs;
+    `share_windows`: windows differ by layer, as measured, at the same state in all.
+
+    loss: weights of cross-entropy and KL in stage 2.
+    """
+
+    name: str
+    spec: MixerSpec | Callable[[Any], MixerSpec]
+    differs: str
+    softmax: int = 0
+    share_windows: bool = False
+    loss: tuple[float, float] = (0.0, 1.0)
+
+    def spec_for(self, teacher: Any) -> MixerSpec:
+        """The mixer's spec for this teacher's shapes and dtype."""
+        return self.spec if isinstance(self.spec, MixerSpec) else self.spec(teacher)
+
+
+def state_of(teacher: Any, spec: MixerSpec) -> int:
+    """Bytes of one layer's state for one sequence."""
+    state = spec.build(attention_shape(teacher.config)).init_state(1, teacher.dtype, "meta")
+    return sum(x.nbytes for x in {id(x): x for x in state_tensors(state)}.values())
+
+
+def at_state_of(spec: Any, other: MixerSpec) -> Callable[[Any], MixerSpec]:
+    """The spec with the largest window that takes no more bytes of state than another spec."""
+
+    def make(teacher: Any) -> MixerSpec:
+        budget = state_of(teacher, other)
+        low, high = 0, MAX_SIZE
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if state_of(teacher, replace(spec, window=middle)) <= budget else (low, middle)
+        if low == 0:
+            raise SystemExit(f"{spec} has more state than {other} with any window")
+        return replace(spec, window=low)
+
+    return make
+
+
+def hybrid(name: str, differs: str = "", **changes: Any) -> Variant:
+    """The recommended hybrid with other fields."""
+    return Variant(
+        name, replace(RECOMMENDED, **changes), differs or ", ".join(f"{k}={v!r}" for k, v in changes.items())
+    )
+
+
+def wide(window: int) -> list[Variant]:
+    """The recommended hybrid with another window, and the bare window with as many bytes."""
+    spec = replace(RECOMMENDED, window=window)
+    return [
+        Variant(f"window-{window}", spec, f"window={window}"),
+        Variant(
+            f"bare-{window}", at_state_of(lz.Window(keep=4), spec), f"a bare window with the state of window-{window}"
+        ),
+    ]
+
+
+VARIANTS: list[Variant] = [
+    Variant("recommended", RECOMMENDED, ""),
+    Variant("bare", at_state_of(lz.Window(keep=4), RECOMMENDED), "a bare window with as many bytes of state"),
+    Variant("lizard", PRESETS.get("lizard"), "the paper's formula"),
+    Variant("lizard-rope", PRESETS.get("lizard-rope"), "the paper's, with RoPE in the window"),
+    Variant("lolcats", PRESETS.get("lolcats"), "LoLCATs'"),
+    hybrid("gate-none", gate=None),
+    hybrid("gate-token", gate="token"),
+    hybrid("gate-query-head", gate="query_head"),
+    *(hybrid(f"gate-start-{start}", gate_init=start) for start in (0.5, 0.9, 0.99, 0.9999)),
+    hybrid("no-input-gate", input_gate=False),
+    hybrid("scale-none", log_scale=None),
+    hybrid("scale-head", log_scale="head"),
+    hybrid("sum", merge="sum", alpha="head", log_scale=None),
+    hybrid("unnormalized", merge="none", alpha="head", log_scale=None),
+    hybrid("overlap", disjoint=False),
+    hybrid("features-after-rope", feature_rope=True),
+    *(hybrid(f"keep-{count}", keep=count) for count in (0, 1, 16)),
+    hybrid("sinks", keep=0, sinks=4),
+    hybrid("keep-and-sinks", sinks=4),
+    hybrid("maps-layer", maps="layer"),
+    hybrid("features-exp", activation="exp"),
+    *(hybrid(f"features-{dim}", feature_dim=dim) for dim in (32, 128)),
+    *(
+        Variant(
+            f"features-{dim}-same-state",
+            at_state_of(replace(RECOMMENDED, feature_dim=dim), RECOMMENDED),
+            f"feature_dim={dim}, and a window for the bytes that this saves",
+        )
+        for dim in (16, 32)
+    ),
+    *(variant for window in (64, 256, 512) for variant in wide(window)),
+    Variant("windows-by-layer", RECOMMENDED, "windows shared out among the layers, same state", share_windows=True),
+    Variant("loss-ce", RECOMMENDED, "stage 2 with cross-entropy", loss=(1.0, 0.0)),
+    Variant("loss-both", RECOMMENDED, "stage 2 with cross-entropy and KL", loss=(0.5, 0.5)),
+    *(
+        Variant(
+            f"softmax-{count}", RECOMMENDED, f"softmax kept in {count} layer{'s' if count > 1 else ''}", softmax=count
+        )
+        for count in (1, 2, 4, 8)
+    ),
+]

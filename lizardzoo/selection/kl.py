@@ -1,0 +1,57 @@
+"""What both selections measure by: the KL to the teacher of one student, run in many ways over the same text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from lizardzoo.adapters import softmax_mode
+from lizardzoo.config import SpecLike
+from lizardzoo.errors import LizardzooError
+from lizardzoo.evaluate.positions import Progress, Run, check_sequences, measure
+from lizardzoo.linearize import linearize
+
+CALIBRATION_SEQUENCES = 2
+
+
+def student_and_goal(
+    model: Any, sequences: Tensor, layers: SpecLike | Sequence[SpecLike], teacher: Any
+) -> tuple[Any, Run]:
+    """A linearized model (a teacher is linearized with `layers` and calibrated), and what KL is measured from."""
+    check_sequences([model, *([] if teacher is None else [teacher])], sequences)
+    if hasattr(model, "mixers"):
+        return model, Run(model, partial(softmax_mode, model)) if teacher is None else Run(teacher)
+    student = linearize(model, layers, calibrate=sequences[:CALIBRATION_SEQUENCES])
+    return student, Run(model if teacher is None else teacher)
+
+
+class Text:
+    """Sequences, what KL is measured from, and progress over so many rounds through them."""
+
+    def __init__(self, sequences: Tensor, goal: Run, batch_size: int, rounds: int, progress: Progress | None) -> None:
+        self.sequences, self.goal, self.batch_size = sequences, goal, batch_size
+        self.rounds, self.progress = rounds, progress
+        self.done = 0
+
+    def kls(self, runs: Sequence[Run]) -> list[float]:
+        """The mean KL of each run, in nats per token; one round."""
+        before, progress = self.done, self.progress
+
+        def told(now: int, total: int) -> None:
+            if progress is not None:
+                progress(before + now, self.rounds * total)
+
+        # All at once, without caches: a layer's cache would be a mixer's where it runs softmax.
+        curves = measure(runs, self.sequences, self.goal, self.batch_size, self.sequences.shape[1], told)
+        self.done += len(self.sequences)
+        kls = [curve.cut([]).overall.kl or 0.0 for curve in curves]
+        if not all(map(math.isfinite, kls)):
+            raise LizardzooError(
+                "the model's KL to its teacher is not finite, so nothing can be chosen by it; lizardzoo.diagnose names "
+                "the layer where it begins"
+            )
+        return kls

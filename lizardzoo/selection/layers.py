@@ -1,0 +1,181 @@
+"""Which layers should keep their softmax: those whose mixer costs most, measured on the whole model's output.
+
+    layers = lz.select_layers(teacher, evaluate.sequences("novel.txt", tokenizer, limit=8), keep=4)
+    student = lz.linearize(teacher, layers)
+
+What a layer's softmax is worth is the KL to the teacher that it takes away: the error of a layer's own output says
+little of it (an error may be the noise of a sink, or what all later layers build on).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, overload
+
+from torch import Tensor
+
+from lizardzoo.config import MixerSpec, SpecLike
+from lizardzoo.errors import LizardzooError
+from lizardzoo.evaluate.ablation import mixers_of
+from lizardzoo.evaluate.positions import Progress, Run
+from lizardzoo.mixers.softmax import Softmax
+from lizardzoo.selection.kl import Text, student_and_goal
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What one layer's softmax is worth: the KL to the teacher with it, and by how much that is less than without."""
+
+    layer: int
+    kl: float
+    worth: float
+
+
+@dataclass(frozen=True)
+class Selection(Sequence[MixerSpec]):
+    """A layers list, as `lizardzoo.linearize` takes it, and what it was chosen by.
+
+    layers: one spec per layer; kept: the layers that have softmax, the most valuable first (then those that had it
+    before). ranking: all others by worth, the best first. curve: the KL to the teacher, in nats per token, with the
+    first 0, 1, 2, ... of the chosen layers.
+    """
+
+    layers: list[MixerSpec]
+    kept: list[int]
+    ranking: list[Worth]
+    curve: list[float]
+
+    @overload
+    def __getitem__(self, index: int) -> MixerSpec: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[MixerSpec]: ...
+
+    def __getitem__(self, index: int | slice) -> MixerSpec | list[MixerSpec]:
+        """The spec of a layer."""
+        return self.layers[index]
+
+    def __len__(self) -> int:
+        """The number of layers."""
+        return len(self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as JSON has them."""
+        return {
+            "layers": [spec.to_dict() for spec in self.layers],
+            "kept": self.kept,
+            "ranking": [asdict(worth) for worth in self.ranking],
+            "curve": self.curve,
+        }
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """`to_dict` as text."""
+        return json.dumps(self.to_dict(), indent=indent)
+
+    def table(self) -> Table:
+        """The ranking."""
+        from rich.table import Table
+
+        table = Table(title=f"KL to the teacher, {self.curve[0]:.4f} without softmax in any of these layers")
+        for column in ("layer", "KL with its softmax", "worth", "chosen", "KL with the chosen so far"):
+            table.add_column(column, justify="right")
+        for worth in self.ranking:
+            chosen = worth.layer in self.kept
+            place = self.kept.index(worth.layer) + 1 if chosen else 0
+            after = f"{self.curve[place]:.4f}" if chosen else ""
+            style = "bold" if chosen else None
+            table.add_row(
+                str(worth.layer), f"{worth.kl:.4f}", f"{worth.worth:+.4f}", str(place or ""), after, style=style
+            )
+        return table
+
+
+def select_layers(
+    model: Any,
+    sequences: Tensor,
+    keep: int,
+    *,
+    layers: SpecLike | Sequence[SpecLike] = "recommended",
+    teacher: Any = None,
+    greedy: bool = False,
+    batch_size: int = 1,
+    progress: Progress | None = None,
+) -> Selection:
+    """Choose the layers whose softmax is worth keeping.
+
+    The model runs with mixers in all layers, and once for each layer with softmax in that one; it is the same weights
+    each time, nothing is trained. The layers that take away most of the KL to the teacher are chosen.
+
+    Args:
+        model: a linearized model, best after stage 1: an untrained mixer says less of what a trained one will lose.
+            Or a teacher: it is linearized with `layers` and calibrated on the first sequences.
+        sequences: [N, T] token ids of real text, as `lizardzoo.evaluate.sequences` makes them; T well beyond the
+            windows, because within them nothing is lost.
+        keep: how many layers shall have softmax in all. Layers that have it already stay, and count.
+        layers: the mixers of a model that is a teacher.
+        teacher: what KL is measured from; None: the model's own projections with softmax in all layers, which are the
+            teacher's until stage 2 has been merged into them.
+        greedy: choose one layer after the other, each time beside those already chosen: `keep` times the work, and
+            right where two layers do one job.
+        batch_size: sequences per forward.
+        progress: called with the sequences done and their number, over all rounds.
+
+    Returns:
+        a `Selection`: a list of specs for `lizardzoo.linearize`, with the ranking and the KL by layers kept.
+
+    Raises:
+        LizardzooError: as `lizardzoo.linearize` and `lizardzoo.evaluate.by_position`; a keep that does not fit.
+    """
+    student, goal = student_and_goal(model, sequences, layers, teacher)
+    specs = list(student.config.specs)
+    candidates = list(mixers_of(student))
+    already = [index for index in range(len(specs)) if index not in candidates]
+    whole = isinstance(keep, int) and not isinstance(keep, bool)
+    if not whole or not len(already) <= keep <= len(specs):
+        raise LizardzooError(
+            f"keep must be a whole number from {len(already)} (layers that have softmax already) to {len(specs)} "
+            f"(all layers), got {keep!r}"
+        )
+    count = keep - len(already)
+    rounds = count if greedy else 1 + (count > 0)
+    text = Text(sequences, goal, batch_size, max(1, rounds), progress)
+
+    def kls(sets: Sequence[Sequence[int]]) -> list[float]:
+        """With softmax in each of these sets of layers."""
+        return text.kls([Run(student, partial(softmax_in, student, tuple(chosen))) for chosen in sets])
+
+    base, *single = kls([(), *((index,) for index in candidates)])
+    ranking = sorted((Worth(i, kl, base - kl) for i, kl in zip(candidates, single)), key=lambda w: -w.worth)
+    if greedy and count:
+        chosen, curve = [ranking[0].layer], [base, ranking[0].kl]
+        for _ in range(count - 1):
+            rest = [index for index in candidates if index not in chosen]
+            found = dict(zip(rest, kls([(*chosen, index) for index in rest])))
+            chosen.append(min(rest, key=found.__getitem__))
+            curve.append(found[chosen[-1]])
+    else:
+        chosen = [worth.layer for worth in ranking[:count]]
+        curve = [base, *(kls([chosen[:n] for n in range(1, count + 1)]) if count else [])]
+    result = [Softmax() if index in chosen else spec for index, spec in enumerate(specs)]
+    return Selection(result, chosen + already, ranking, curve)
+
+
+@contextmanager
+def softmax_in(model: Any, layers: Sequence[int]) -> Iterator[None]:
+    """Inside, these layers of a linearized model run the teacher's attention."""
+    attentions = [model.attentions()[index] for index in layers]
+    before = [attention.runs_softmax for attention in attentions]
+    for attention in attentions:
+        attention.runs_softmax = True
+    try:
+        yield
+    finally:
+        for attention, flag in zip(attentions, before):
+            attention.runs_softmax = flag

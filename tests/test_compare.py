@@ -1,0 +1,220 @@
+"""The comparison driver: it measures what it says, goes on where it was stopped; its variants are what they claim."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lizardzoo as lz
+from lizardzoo import evaluate
+from lizardzoo.config import PRESETS
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+MODULES = ("compare", "compare_report", "comparison", "variants")
+
+
+@pytest.fixture
+def compare(monkeypatch):
+    """benchmarks/compare.py as a module, found as a script finds its neighbours."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import compare
+
+    yield compare
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def variants(compare):
+    return sys.modules["variants"]
+
+
+@pytest.fixture
+def comparison(compare):
+    return sys.modules["comparison"]
+
+
+@pytest.fixture
+def report(compare):
+    return sys.modules["compare_report"]
+
+
+@pytest.fixture
+def call(compare, variants, tiny_folder, tmp_path, monkeypatch):
+    """The driver on the tiny Llama and windows that its short texts leave; returns results.json."""
+    small = replace(PRESETS.get("recommended"), window=8)
+    monkeypatch.setitem(PRESETS._entries, "recommended", small)
+    monkeypatch.setattr(
+        compare,
+        "VARIANTS",
+        [
+            variants.Variant("recommended", small, ""),
+            variants.Variant("bare", variants.at_state_of(lz.Window(), small), "bare"),
+            variants.Variant("softmax-2", small, "two kept", softmax=2),
+            variants.Variant("shared", small, "shared windows", share_windows=True),
+        ],
+    )
+    for name in ("train", "text"):
+        (tmp_path / f"{name}.txt").write_text(f"A {name} is what the lizard on the wall reads. " * 80)
+
+    def run(*arguments, out="out"):
+        compare.main(
+            [
+                "--teacher", str(tiny_folder), "--dtype", "float32", "--train", str(tmp_path / "train.txt"),
+                "--text", f"{tmp_path / 'text.txt'}:48:2", "--steps", "2", "2", "--batch", "2", "--tokens", "32",
+                "--out", str(tmp_path / out), *map(str, arguments),
+            ]
+        )  # fmt: skip
+        path = tmp_path / out / "results.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+    return run
+
+
+def without_times(results):
+    for run in results["runs"].values():
+        for stage in run["stages"].values():
+            stage.pop("seconds", None)
+            stage.pop("seconds of measuring", None)
+    return results
+
+
+def test_every_variant_is_trained_measured_and_told(call, tiny_folder, tiny_tokenizer, tmp_path):
+    results = call("--stages", 2, "--distances", 8)
+    assert {name: list(run["stages"]) for name, run in results["runs"].items()} == {
+        "recommended, 0": ["start", "transfer", "finetune"],
+        "bare, 0": ["start", "transfer", "finetune"],
+        "softmax-2, 0": ["start", "transfer", "finetune"],
+        "shared, 0": ["start", "transfer", "finetune"],
+    }
+    bare = results["runs"]["bare, 0"]["stages"]
+    assert (
+        bare["transfer"]["texts"] == bare["start"]["texts"] != bare["finetune"]["texts"]
+    )  # nothing to learn in stage 1
+    teacher = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    ids = evaluate.sequences(tmp_path / "text.txt", tiny_tokenizer, 48, 2)
+    trained = lz.from_pretrained(tmp_path / "out" / "runs" / "recommended-0" / "final")
+    overall = evaluate.by_position(trained, ids, teacher=teacher).overall
+    stage = results["runs"]["recommended, 0"]["stages"]["finetune"]
+    found = stage["texts"]["text, 48 tokens"]
+    assert found["all"]["kl"] == pytest.approx(overall.kl, rel=1e-4)
+    assert found["all"]["perplexity"] == pytest.approx(overall.perplexity, rel=1e-4)
+    assert [row["name"] for row in stage["retrieval"]] == ["teacher", "student"]
+    kept = [i for i, spec in enumerate(results["runs"]["softmax-2, 0"]["layers"]) if spec["type"] == "softmax"]
+    assert kept == sorted(results["selection"]["kept"][:2])
+    assert results["selection"]["of"] == results["windows"]["of"] == "recommended after stage 1"
+    shared = results["runs"]["shared, 0"]
+    assert [spec["window"] for spec in shared["layers"]] == results["windows"]["windows"]
+    assert shared["state bytes"] <= results["runs"]["recommended, 0"]["state bytes"]
+    assert [path.name for path in (tmp_path / "out" / "runs").iterdir()] == ["recommended-0"]
+    told = (tmp_path / "out" / "results.md").read_text()
+    for name in ("recommended", "bare", "softmax-2", "After stage 2", "recall at 8"):
+        assert name in told
+    assert f"{overall.kl:.3f}<br>" in told
+    assert (tmp_path / "out" / "results.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(call, comparison, monkeypatch):
+    """Stopped by its time, then in the middle of a variant; what was done is not done again, nor text read again."""
+    whole = call("--stages", 1, out="whole")
+    assert call("--stages", 1, "--minutes", 0) is None
+    measure, calls = comparison.Comparison.measure, []
+
+    def interrupted(self, model):
+        calls.append(model)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        return measure(self, model)
+
+    monkeypatch.setattr(comparison.Comparison, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call("--stages", 1)
+
+    def again(*_, **__):
+        raise AssertionError("the text was read again")
+
+    monkeypatch.setattr(comparison.evaluate, "sequences", again)
+    monkeypatch.setattr(comparison, "load_data", again)
+    assert without_times(call("--stages", 1)) == without_times(whole)
+    assert len(calls) == 5 + 3  # stage 1 of the variant that was stopped, both of the last
+    monkeypatch.setattr(comparison.lz, "distill", again)
+    assert without_times(call("--stages", 1)) == without_times(whole)
+    assert len(calls) == 8
+
+
+def test_seeds_have_other_batches_and_one_row(call, report):
+    results = call("--stages", 1, "--variants", "recommended", "--seeds", 0, 1)
+    one, other = (run["stages"]["transfer"]["texts"] for run in results["runs"].values())
+    assert one != other
+    ((name, row),) = report.rows_of(results, "text, 48 tokens", "transfer")
+    assert name == "recommended"
+    assert len(row["far"]) == 2
+    assert " ± " in report.table([(name, row)])
+
+
+def test_what_does_not_fit_is_refused(call):
+    with pytest.raises(SystemExit, match="no variant is called 'lizzard'"):
+        call("--variants", "lizzard")
+    call("--stages", 0, "--variants", "bare")
+    with pytest.raises(SystemExit, match="comparison with another batch; choose a new --out"):
+        call("--stages", 0, "--batch", 4)
+
+
+def test_variants_are_told_apart_and_have_the_state_they_claim(compare, variants, tiny_llama):
+    names = [variant.name for variant in variants.VARIANTS]
+    assert len(set(names)) == len(names)
+    assert len({(repr(v.spec), v.softmax, v.share_windows, v.loss) for v in variants.VARIANTS}) == len(names)
+    by_name = {variant.name: variant.spec_for(tiny_llama) for variant in variants.VARIANTS}
+    for spec in by_name.values():
+        assert lz.linearize(tiny_llama, spec).config.specs == [spec] * 3
+    equal = {
+        "bare": "recommended",
+        "features-16-same-state": "recommended",
+        "bare-64": "window-64",
+        "bare-512": "window-512",
+    }
+    for name, other in equal.items():
+        bytes_, budget = (variants.state_of(tiny_llama, by_name[each]) for each in (name, other))
+        wider = replace(by_name[name], window=by_name[name].window + 1)
+        assert bytes_ <= budget < variants.state_of(tiny_llama, wider), name
+
+
+def test_the_table_orders_by_what_is_far_and_puts_what_diverged_last(report):
+    def run(name, near, far):
+        cells = {
+            "0-511": {"kl": near, "perplexity": 2.0, "tokens": 512},
+            "512-1023": {"kl": far, "perplexity": 3.0, "tokens": 500},
+            "1024-1099": {"kl": 2 * far, "perplexity": 3.0, "tokens": 100},
+            "all": {"kl": 9.0, "perplexity": 3.0, "tokens": 1112},
+        }
+        cells |= {f"teacher {label}": {**cell, "perplexity": 2.0} for label, cell in cells.items()}
+        stages = {"transfer": {"texts": {"wiki": cells}}}
+        return {"variant": name, "seed": 0, "differs": "", "state bytes": 2**20, "stages": stages}
+
+    runs = [run("diverged", 0.0, float("nan")), run("worse", 0.0, 0.6), run("better", 1.0, 0.3)]
+    settings = {"batch": 2, "tokens": 32, "steps": [1, 1], "dtype": "float32"}
+    results = {
+        "settings": settings,
+        "selection": None,
+        "windows": None,
+        "runs": {str(i): r for i, r in enumerate(runs)},
+    }
+    rows = list(report.rows_of(results, "wiki", "transfer"))
+    assert [name for name, _ in rows] == ["better", "worse", "diverged"]
+    assert rows[0][1]["far"] == [pytest.approx((0.3 * 500 + 0.6 * 100) / 600)]
+    told = report.markdown(results)
+    assert "| better |  | 1.00 MiB | 1.000<br>1.00x | 0.300<br>1.50x |" in told
+    widths = {line.count("|") for line in told.splitlines() if line.startswith("|")}
+    assert len(widths) == 1
+
+
+def test_torch_is_seeded_by_the_run(call):
+    """The same seed gives the same start of LoRA, whatever ran before."""
+    torch.manual_seed(5)
+    first = call("--stages", 2, "--variants", "bare", out="a")
+    torch.manual_seed(6)
+    assert without_times(call("--stages", 2, "--variants", "bare", out="b")) == without_times(first)
