@@ -31,9 +31,7 @@ def strides(*tensors: Tensor) -> tuple[int, ...]:
 
 def decisive(*tensors: Tensor | None) -> tuple[Any, ...]:
     """What a compiled form depends on: which tensors are there, dtypes, what Triton asks of the strides."""
-    return tuple(
-        x if x is None else (x.dtype, *((s == 1, s % 16 == 0, s >> 31) for s in x.stride())) for x in tensors
-    )
+    return tuple(x if x is None else (x.dtype, *((s == 1, s % 16 == 0, s >> 31) for s in x.stride())) for x in tensors)
 
 
 def launch(
