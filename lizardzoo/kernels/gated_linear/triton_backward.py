@@ -293,7 +293,7 @@ def key_gradients(
     C: tl.constexpr, HALVES: tl.constexpr, MAP: tl.constexpr, SCALES: tl.constexpr, PACKED: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What keys gain from the queries behind their chunk, added to what `chunk_gradients` left.
+    """What keys gain from the queries behind their chunk, added to what `near_key_gradients` left.
 
     d_z [B, offset + T, Hs, F] of the keys' logits, d_v (added to it), and the gates' gradients by slot.
     """
