@@ -17,11 +17,10 @@ import torch
 from compare_report import EDGES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from variants import Variant
+from variants import Variant, shape_of
 
 import lizardzoo as lz
 from lizardzoo import evaluate
-from lizardzoo.adapters.base import attention_shape
 from lizardzoo.cache import state_bytes
 from lizardzoo.distill import Recipe, load_data, recipe_from
 from lizardzoo.smollm2 import load_teacher
@@ -129,7 +128,7 @@ class Comparison:
 
     def learns(self, variant: Variant) -> bool:
         """Whether there is anything to train in stage 1; a bare window has no parameters."""
-        mixer = variant.spec_for(self.teacher).build(attention_shape(self.teacher.config))
+        mixer = variant.spec_for(self.teacher).build(shape_of(self.teacher.config))
         return any(True for _ in mixer.parameters())
 
     def is_done(self, variant: Variant, seed: int) -> bool:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import lizardzoo as lz
-from lizardzoo.adapters.base import attention_shape
 from lizardzoo.config import PRESETS, MixerSpec
 from lizardzoo.kernels.state import state_tensors
+from lizardzoo.mixers import AttentionShape
 from lizardzoo.mixers.branches import MAX_SIZE
 
 RECOMMENDED: Any = PRESETS.get("recommended")
@@ -35,9 +35,16 @@ class Variant:
         return self.spec if isinstance(self.spec, MixerSpec) else self.spec(teacher)
 
 
+def shape_of(config: Any) -> AttentionShape:
+    """What a mixer of this teacher is built for, as far as its parameters and its state go."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = config.num_attention_heads, config.num_key_value_heads
+    return AttentionShape(config.hidden_size, *heads, head_dim, head_dim**-0.5)
+
+
 def state_of(teacher: Any, spec: MixerSpec) -> int:
     """Bytes of one layer's state for one sequence."""
-    state = spec.build(attention_shape(teacher.config)).init_state(1, teacher.dtype, "meta")
+    state = spec.build(shape_of(teacher.config)).init_state(1, teacher.dtype, "meta")
     return sum(x.nbytes for x in {id(x): x for x in state_tensors(state)}.values())
 
 
