@@ -62,8 +62,7 @@ def _put_tokens(base, value, start, stride, end, width: tl.constexpr, C: tl.cons
 
 @triton.jit
 def _vector(base, start, stride, end, other, C: tl.constexpr):
-    """[C] of the tokens start .. start + C where each has one number; `other` from token `end` on. Offsets as above: 64
-    bits for each would take 32 registers where a vector lies along the columns of a tile."""
+    """[C] of the tokens start .. start + C where each has one number; `other` from token `end` on."""
     i = tl.arange(0, C)
     base += (start * tl.full([], 1, tl.int64)) * stride
     return tl.load(base + i * stride, mask=i + start < end, other=other)
