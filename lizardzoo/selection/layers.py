@@ -9,20 +9,20 @@ little of it (an error may be the noise of a sink, or what all later layers buil
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lizardzoo.config import MixerSpec, SpecLike
+from lizardzoo.config import SpecLike
 from lizardzoo.errors import LizardzooError
 from lizardzoo.evaluate.ablation import mixers_of
 from lizardzoo.evaluate.positions import Progress, Run
 from lizardzoo.mixers.softmax import Softmax
+from lizardzoo.selection.chosen import Chosen
 from lizardzoo.selection.kl import Text, student_and_goal
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Worth:
 
 
 @dataclass(frozen=True)
-class Selection(Sequence[MixerSpec]):
+class Selection(Chosen):
     """A layers list, as `lizardzoo.linearize` takes it, and what it was chosen by.
 
     layers: one spec per layer; kept: the layers that have softmax, the most valuable first (then those that had it
@@ -47,24 +47,9 @@ class Selection(Sequence[MixerSpec]):
     first 0, 1, 2, ... of the chosen layers.
     """
 
-    layers: list[MixerSpec]
     kept: list[int]
     ranking: list[Worth]
     curve: list[float]
-
-    @overload
-    def __getitem__(self, index: int) -> MixerSpec: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[MixerSpec]: ...
-
-    def __getitem__(self, index: int | slice) -> MixerSpec | list[MixerSpec]:
-        """The spec of a layer."""
-        return self.layers[index]
-
-    def __len__(self) -> int:
-        """The number of layers."""
-        return len(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON has them."""
@@ -74,10 +59,6 @@ class Selection(Sequence[MixerSpec]):
             "ranking": [asdict(worth) for worth in self.ranking],
             "curve": self.curve,
         }
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """`to_dict` as text."""
-        return json.dumps(self.to_dict(), indent=indent)
 
     def table(self) -> Table:
         """The ranking."""

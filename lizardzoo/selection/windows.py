@@ -9,20 +9,20 @@ narrower window does least harm; wider ones help most above layer 14), so it is 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lizardzoo.config import MixerSpec, SpecLike
+from lizardzoo.config import SpecLike
 from lizardzoo.errors import LizardzooError
 from lizardzoo.evaluate.ablation import mixers_of
 from lizardzoo.evaluate.positions import Progress, Run
 from lizardzoo.mixers.branches import WindowFields
+from lizardzoo.selection.chosen import Chosen
 from lizardzoo.selection.kl import Text, student_and_goal
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class WindowSelection(Sequence[MixerSpec]):
+class WindowSelection(Chosen):
     """A layers list, as `lizardzoo.linearize` takes it, and what it was chosen by.
 
     layers: one spec per layer. windows: the window of each layer that has one, for `set_window`.
@@ -38,25 +38,10 @@ class WindowSelection(Sequence[MixerSpec]):
     kl_alone: by layer and window, the KL where only that layer has that window.
     """
 
-    layers: list[MixerSpec]
     windows: list[int]
     kl: float
     kl_before: float
     kl_alone: dict[int, dict[int, float]]
-
-    @overload
-    def __getitem__(self, index: int) -> MixerSpec: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> list[MixerSpec]: ...
-
-    def __getitem__(self, index: int | slice) -> MixerSpec | list[MixerSpec]:
-        """The spec of a layer."""
-        return self.layers[index]
-
-    def __len__(self) -> int:
-        """The number of layers."""
-        return len(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON has them (keys of `kl_alone` are strings there)."""
@@ -67,10 +52,6 @@ class WindowSelection(Sequence[MixerSpec]):
             "kl_before": self.kl_before,
             "kl_alone": {str(i): {str(w): kl for w, kl in each.items()} for i, each in self.kl_alone.items()},
         }
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """`to_dict` as text."""
-        return json.dumps(self.to_dict(), indent=indent)
 
     def table(self) -> Table:
         """Every layer's KL by window, the chosen one marked."""
