@@ -22,6 +22,7 @@ from typing import Any
 
 import decoding
 import torch
+from compile_peers import compile_ahead
 from contenders import KEEP, SHAPES, WINDOW, Contender, Inputs, Shape, draw, ours
 from measure import machine, measure, verify
 from report import markdown, plot
@@ -45,6 +46,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lengths", type=int, nargs="+", help="only the cases with so many tokens in a sequence")
     parser.add_argument("--quick", action="store_true", help="only the headline cases")
     parser.add_argument("--peers", choices=("full", "forward", "none"), default="full", help="fla compiles 2 minutes")
+    parser.add_argument("--compilers", type=int, default=0, help="processes that first compile what fla will try")
     parser.add_argument("--impl", default="auto", help="of lizardzoo's kernels: auto, triton or reference")
     parser.add_argument("--only", action="append", help="only contenders with this in their name")
     parser.add_argument("--no-decode", dest="decode", action="store_false", help="no decoding steps")
@@ -83,7 +85,10 @@ def bench(arguments: argparse.Namespace) -> None:
     run |= {"verified": [], "results": [], "decode": []}
     print(run["machine"])
     contenders = chosen(arguments)
-    for name in arguments.shape or (HEADLINES if arguments.quick else SHAPES):
+    shapes = arguments.shape or list(HEADLINES if arguments.quick else SHAPES)
+    if arguments.peers == "full":
+        compile_ahead(shapes, arguments.compilers)
+    for name in shapes:
         shape = SHAPES[name]
         found = verdicts(contenders, draw(shape, *CHECKED, "cuda"), arguments.peers)
         run["verified"] += [{"shape": name, **verdict} for verdict in found]
