@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from contenders import SHAPES
-from peers import lift_refusal, refuses_backward
+from peers import SUMS, lift_refusal, refuses_backward
 
 TOKENS = (2, 640)
 
@@ -73,7 +73,7 @@ def compile_all(shape: str, seed: int) -> None:
     def tokens(*size: int) -> torch.Tensor:
         return torch.rand(*TOKENS, heads, *size, device="cuda", requires_grad=True)
 
-    q, k, v = (tokens(size).bfloat16() for size in (2 * feature_dim, 2 * feature_dim, dim + 1))
+    q, k, v = (tokens(size).bfloat16() for size in (2 * feature_dim, 2 * feature_dim, dim + SUMS))
     chunk_simple_gla(q, k, v, g=-tokens(), scale=1.0)[0].sum().backward()
     torch.cuda.synchronize()
 

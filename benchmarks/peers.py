@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 BLOCK = 128
+SUMS = 8
+"""Columns of ones beside v. One makes the normalizer; fla's backward takes no odd width, and loads are of 16 bytes."""
 REFUSAL = "timing only, gradients known to be wrong (fla issue 640)"
 torch._dynamo.config.recompile_limit = 64  # each shape and length compiles anew, which is what makes them fast
 
@@ -59,7 +61,7 @@ def _prepare(
 
     group = q.shape[2] // k.shape[2]
     features_k = features(k, map_key) * log_input.exp()[..., None].to(k.dtype)
-    v = torch.cat([v, torch.ones_like(v[..., :1])], -1)
+    v = torch.cat([v, torch.ones_like(v[..., :SUMS])], -1)
     features_k, v, log_decay = (x.repeat_interleave(group, 2) for x in (features_k, v, log_decay))
     return features(q, map_query), features_k, v, log_decay
 
@@ -68,7 +70,7 @@ def _prepare(
 def _normalize(sums: Tensor) -> tuple[Tensor, Tensor]:
     """y and log_mass from numerator and denominator."""
     total = sums[..., -1:]
-    return sums[..., :-1] / total, total[..., 0].float().log()
+    return sums[..., :-SUMS] / total, total[..., 0].float().log()
 
 
 def _fla(i: Inputs) -> tuple[Tensor, Tensor]:

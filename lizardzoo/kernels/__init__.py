@@ -36,6 +36,7 @@ from lizardzoo.kernels.gated_linear import (
 )
 from lizardzoo.kernels.hybrid import HybridState, hybrid_attention, hybrid_attention_step
 from lizardzoo.kernels.rotary import rotate
+from lizardzoo.kernels.token_gates import token_gates
 from lizardzoo.kernels.window import WindowState, window_attention, window_attention_step
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "hybrid_attention",
     "hybrid_attention_step",
     "rotate",
+    "token_gates",
     "window_attention",
     "window_attention_step",
 ]

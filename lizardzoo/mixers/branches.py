@@ -23,7 +23,7 @@ from lizardzoo.kernels.gated_linear import init_state as init_linear_state
 from lizardzoo.kernels.window import init_state as init_window_state
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs, start_value
 from lizardzoo.mixers.feature_maps import HedgehogMap
-from lizardzoo.mixers.gates import DecayGate, TokenGate
+from lizardzoo.mixers.gates import DecayGate, TokenGate, evaluate
 from lizardzoo.mixers.merge import Branch
 
 MAX_SIZE = 1 << 20
@@ -144,10 +144,10 @@ class LinearBranch(nn.Module):
         for child in self.children():
             child.reset_parameters()  # type: ignore[operator]
 
-    def gates(self, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def gates(self, x: Tensor, impl: Impl = Impl.AUTO) -> tuple[Tensor | None, Tensor | None]:
         """log_decay and log_input [B, T, heads] of the layer's input x; None where there is no such gate."""
-        decay = None if self.decay is None else self.decay(x)
-        return decay, None if self.input_gate is None else self.input_gate(x)
+        log_decay, log_input = evaluate(x, [self.decay, self.input_gate], impl)
+        return log_decay, log_input
 
     def forward(
         self,
@@ -162,7 +162,7 @@ class LinearBranch(nn.Module):
     ) -> tuple[Branch, GatedLinearState | None]:
         """The branch on q, k of the caller's choice (rotated or not)."""
         q, k = qk
-        log_decay, log_input = self.gates(inputs.x)
+        log_decay, log_input = self.gates(inputs.x, impl)
         maps = self.feature_map()
         if state is not None and inputs.starts is None and q.shape[1] == 1:
             y, log_mass, state = gated_linear_attention_step(

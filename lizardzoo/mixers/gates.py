@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lizardzoo.kernels import Impl, token_gates
+from lizardzoo.kernels.token_gates import Gate
 from lizardzoo.mixers.base import start_value
 
 
 class TokenGate(nn.Module):
     """x.W + b: [B, T, hidden] -> [B, T, heads], fp32. W starts at zero; without `per_token` there is no W."""
+
+    log_sigmoid: ClassVar[bool] = False
 
     def __init__(self, hidden_size: int, heads: int, *, start: float = 0.0, per_token: bool = True) -> None:
         super().__init__()
@@ -29,17 +34,22 @@ class TokenGate(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, T, heads]."""
-        if self.weight is None:
-            return self.bias.expand(*x.shape[:2], -1)
-        return x.to(self.weight.dtype) @ self.weight + self.bias
+        (value,) = evaluate(x, [self])
+        assert value is not None
+        return value
 
 
 class DecayGate(TokenGate):
     """log sigmoid(x.W + b): the log-decay of the memory, started at log(start), 0 < start < 1."""
 
+    log_sigmoid = True
+
     def __init__(self, hidden_size: int, heads: int, *, start: float) -> None:
         super().__init__(hidden_size, heads, start=math.log(start / (1 - start)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, heads], <= 0."""
-        return F.logsigmoid(super().forward(x))
+
+def evaluate(x: Tensor, gates: Sequence[TokenGate | None], impl: Impl | str = Impl.AUTO) -> list[Tensor | None]:
+    """[B, T, heads] of each gate that is there, from the layer's input x [B, T, hidden], which is read once for all."""
+    read = [g for g in gates if g is not None and g.weight is not None]
+    values = iter(token_gates(x, [Gate(g.weight, g.bias, g.log_sigmoid) for g in read if g.weight is not None], impl))
+    return [None if g is None else g.bias.expand(*x.shape[:2], -1) if g.weight is None else next(values) for g in gates]

@@ -15,7 +15,7 @@ from lizardzoo.kernels import HybridState, hybrid_attention, hybrid_attention_st
 from lizardzoo.kernels.hybrid import share
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs, start_value
 from lizardzoo.mixers.branches import LinearBranch, LinearFields, WindowBranch, WindowFields
-from lizardzoo.mixers.gates import TokenGate
+from lizardzoo.mixers.gates import TokenGate, evaluate
 from lizardzoo.mixers.merge import Branch, Merge, joint, unnormalized
 
 LOG_SCALE_START = -2.0
@@ -111,7 +111,8 @@ class HybridMixer(Mixer):
     def _arguments(self, inputs: MixerInputs) -> dict[str, Any]:
         """What `hybrid_attention` and its step take."""
         window, (q, k) = self._queries_and_keys(inputs)
-        log_decay, log_input = self.linear.gates(inputs.x)
+        gates = [self.linear.decay, self.linear.input_gate, self.log_scale]  # x is read once for all
+        log_decay, log_input, log_scale = evaluate(inputs.x, gates, self.impl)
         return {
             "q": q,
             "k": k,
@@ -119,7 +120,7 @@ class HybridMixer(Mixer):
             "rotated": window,
             "log_decay": log_decay,
             "log_input": log_input,
-            "log_scale": None if self.log_scale is None else self.log_scale(inputs.x),
+            "log_scale": log_scale,
             "feature_map": self.linear.feature_map(),
             "keep": self.spec.keep,
             "skip": self._lag_and_skip()[1],
@@ -146,8 +147,9 @@ class HybridMixer(Mixer):
         linear, linear_state = self.linear(
             inputs, far, *self._lag_and_skip(), state and state.linear, need_state, self.impl
         )
-        if self.log_scale is not None:
-            linear = Branch(linear.y, linear.log_mass + self.log_scale(inputs.x))
+        (log_scale,) = evaluate(inputs.x, [self.log_scale], self.impl)
+        if log_scale is not None:
+            linear = Branch(linear.y, linear.log_mass + log_scale)
         branches = {"linear": linear, "window": window}
         if window_state is None or linear_state is None:
             return branches, None
