@@ -232,7 +232,9 @@ def test_the_operators_have_sound_schemas_and_fakes(activation: str) -> None:
     torch.library.opcheck(ops.operator, arguments, test_utils=tests)
     y, log_mass, kv, norm, scale, *saved = (x.detach() for x in ops.operator(*arguments))
     outputs = (saved, y, log_mass, y, log_mass, kv, norm, scale)
-    torch.library.opcheck(ops.backward_operator, (*arguments, *outputs), test_utils=("test_schema", "test_faketensor"))
+    for wanted in ([True] * 9, [False] * 3 + [True] * 6):
+        given = (*arguments, *outputs, wanted)
+        torch.library.opcheck(ops.backward_operator, given, test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles

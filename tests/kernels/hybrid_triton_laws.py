@@ -193,6 +193,27 @@ def test_rows_of_padding_alone_give_nothing() -> None:
     assert all(g is None or (g == 0).all() for g in found)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("decay", [2, 4])
+@pytest.mark.parametrize(
+    "frozen",
+    [("q", "k", "v", "near_q", "near_k"), ("q",), ("k", "near_q", "near_k"), ("v", "near_q", "near_k")],
+    ids=str,
+)
+def test_what_is_frozen_changes_no_other_gradient(frozen: tuple[str, ...], shared: bool, decay: int) -> None:
+    """Stage 1 trains gates and maps alone, and leaves out the work for q, k and v."""
+    case = one_case(length=13, sinks=0.5, decay=decay, shared=shared)
+    for name in frozen:
+        if name in case.tensors:
+            case.tensors[name].requires_grad_(False)
+    inputs = [x for x in case.inputs() if x.requires_grad]
+    ours, expected = (
+        hybrid_attention(**case.arguments(), **case.options, impl=impl, return_state=False)[:2]
+        for impl in ("triton", "reference")
+    )
+    assert_same(ours, expected, inputs, TOLERANCE)
+
+
 def recorded(case: Case, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Any, ...]:
     """What the operator is called with."""
     calls: list[Any] = []
@@ -224,7 +245,8 @@ def test_the_operators_keep_what_torch_asks_of_them(goes_on: bool, monkeypatch: 
     y, log_mass, kv, norm, scale, *saved = (x.detach() for x in ops.operator(*arguments))
     outputs = (saved, y, log_mass, y, torch.zeros_like(log_mass), kv, norm, scale)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.backward_operator, (*arguments, *outputs), test_utils=tests)
+    for wanted in ([True] * 14, [False] * 3 + [True] * 6 + [False] * 3 + [True] * 2):
+        torch.library.opcheck(ops.backward_operator, (*arguments, *outputs, wanted), test_utils=tests)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, while it compiles

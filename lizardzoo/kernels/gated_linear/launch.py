@@ -141,23 +141,28 @@ class Launch:
         options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
         launch(kernel, (self.chunks, self.rows), (*self.form, *form), pointers, numbers, constants, **options)
 
-    def through_map(self, x: Tensor, weight: Tensor, d_z: Tensor, heads: int, end: int) -> tuple[Tensor, Tensor | None]:
-        """The gradients of x and of its map, from that of the logits z = x W [B, T, heads, F], known before `end`."""
+    def through_map(
+        self, x: Tensor, weight: Tensor, d_z: Tensor, heads: int, end: int, tokens: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of x (None unless `tokens`) and of its map, from that of the logits z = x W [B, T, heads, F],
+        which is known before `end`."""
         if self.inputs.key_map is None:
             d_z[:, end:] = 0
-            return d_z.to(x.dtype), None
+            return d_z.to(x.dtype) if tokens else None, None
         batch, count = d_z.shape[:2]
         tiles = -(-count // MAP_TILE)
         span = -(-tiles // max(1, PROGRAMS // (batch * heads)))
         parts = -(-tiles // span)
         in_place = self.half == self.head_dim and d_z.dtype == x.dtype
-        d_x = d_z if in_place else self.empty(*d_z.shape[:3], self.head_dim, dtype=x.dtype)
+        d_x = None
+        if tokens:
+            d_x = d_z if in_place else self.empty(*d_z.shape[:3], self.head_dim, dtype=x.dtype)
         d_maps = self.empty(parts * batch, heads, self.head_dim, self.half)
         names = ("D", "F", "BD", "BF", "C", "OPERAND", "PRECISION")
         warps, stages, _ = LAUNCHES["map_gradients"][self.tile]
         numbers = (weight.shape[0], count, end, span, heads, heads // x.shape[2])
         launch(
-            triton_backward.map_gradients, (parts, batch * heads), (*decisive(x), numbers[0], *numbers[4:]),
+            triton_backward.map_gradients, (parts, batch * heads), (*decisive(x), tokens, numbers[0], *numbers[4:]),
             (x, weight, d_z, d_x, d_maps), (*strides(x), *numbers),
             {**{name: self.sizes[name] for name in names}, "C": MAP_TILE}, num_warps=warps, num_stages=stages,
         )  # fmt: skip
@@ -274,10 +279,11 @@ def forward(
 
 
 class Gradients(NamedTuple):
-    """Of the inputs' tensors; `sides` [B, T, H] is that of a log-scale of the branch's mass."""
+    """Of the inputs' tensors, q's and k's where they are wanted; `sides` [B, T, H]: of a log-scale of the branch's
+    mass."""
 
-    q: Tensor
-    k: Tensor
+    q: Tensor | None
+    k: Tensor | None
     v: Tensor
     log_decay: Tensor | None
     log_input: Tensor | None
@@ -296,10 +302,12 @@ def backward(
     d_y: Tensor,
     d_memory: tuple[Tensor, Tensor, Tensor] | None = None,
     d_v: Tensor | None = None,
+    tokens: tuple[bool, bool] = (True, True),
 ) -> Gradients:
     """From the log of the (whole) denominator less the branch's log-scale, delta = dy.y - dlog_mass, and dy.
 
-    d_memory: gradients of the last memory's kv and norm, and its scale; d_v: what to add the values' gradient to.
+    d_memory: gradients of the last memory's kv and norm, and its scale; d_v: what to add the values' gradient to;
+    tokens: whether the gradients of q and k are wanted.
     """
     call = Launch(inputs)
     q, k, v = call.inputs[:3]
@@ -344,7 +352,7 @@ def backward(
         (*heads_of, *numbers, k.shape[1], *call.groups_and_heads),
         form, ADD=adds,
     )  # fmt: skip
-    d_q, d_query_map = call.through_map(q, maps[0], d_z, heads, count)
+    d_q, d_query_map = call.through_map(q, maps[0], d_z, heads, count, tokens[0])
     d_z = call.empty(batch, k.shape[1], call.state_heads, call.half, dtype=z_dtype)
     d_sums, d_weight = torch.empty_like(saved.sums), torch.empty_like(saved.weight)
     call.run(
@@ -352,10 +360,11 @@ def backward(
         (k, v, *gates, maps[1], *after, through, sides, d_features, d_z, own_v, d_sums, d_weight),
         (*strides(k, v), key_heads, *numbers, k.shape[1], parts, *call.groups_and_heads),
     )  # fmt: skip
-    d_k, d_key_map = call.through_map(k, maps[1], d_z, call.state_heads, max(count - call.shift, 0))
+    d_k, d_key_map = call.through_map(k, maps[1], d_z, call.state_heads, max(count - call.shift, 0), tokens[1])
     if call.repeats > 1:  # a gate per query head: its heads read the same keys
-        d_k, own_v = (x.unflatten(2, (call.kv_heads, -1)).sum(3) for x in (d_k, own_v))
+        own_v = own_v.unflatten(2, (call.kv_heads, -1)).sum(3)
         own_v = own_v if d_v is None else own_v + d_v
+        d_k = None if d_k is None else d_k.unflatten(2, (call.kv_heads, -1)).sum(3)
     d_decay, d_enter = (
         None if gate is None else call.empty(batch, k.shape[1], call.state_heads)
         for gate in (inputs.log_decay, inputs.log_input)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -66,12 +66,16 @@ def memory_gradient(
 
 
 def compute_backward(*arguments: Any) -> list[Tensor]:
-    """Gradients of q, k, v, log_decay, log_input, both maps, kv and norm; empty for those that are not there."""
-    *inputs, saved, y, log_mass, d_y, d_log_mass, d_kv, d_norm, last_scale = arguments
+    """Gradients of q, k, v, log_decay, log_input, both maps, kv and norm; empty for those that are not there.
+
+    wanted: of which a gradient is wanted; stage 1 wants none of q, k and v.
+    """
+    *inputs, saved, y, log_mass, d_y, d_log_mass, d_kv, d_norm, last_scale, wanted = arguments
     d_y = torch.zeros_like(y) if d_y is None else d_y.contiguous()
     delta = launch.deltas(y, d_y, None if d_log_mass is None else d_log_mass.contiguous())
     memory = memory_gradient(y, d_kv, d_norm, last_scale)
-    found = launch.backward(Inputs(*inputs), Saved(*saved), log_mass, delta, d_y, memory)
+    tokens = wanted[0], wanted[1]
+    found = launch.backward(Inputs(*inputs), Saved(*saved), log_mass, delta, d_y, memory, tokens=tokens)
     return [y.new_empty(0) if x is None else x for x in found[:-1]]
 
 
@@ -80,20 +84,24 @@ backward_operator = torch.library.custom_op(
     compute_backward,
     mutates_args=(),
     schema=f"({SIGNATURE}, Tensor[] saved, Tensor y, Tensor log_mass, Tensor? d_y, Tensor? d_log_mass, Tensor? d_kv,"
-    " Tensor? d_norm, Tensor last_scale) -> Tensor[]",
+    " Tensor? d_norm, Tensor last_scale, bool[] wanted) -> Tensor[]",
 )
 
 
-def fake_gradients(inputs: Inputs) -> list[Tensor]:
+def fake_gradients(inputs: Inputs, wanted: Sequence[bool]) -> list[Tensor]:
     """Empty gradients as those of the kernels."""
     given = (inputs.q, inputs.k, inputs.v, inputs.log_decay, inputs.log_input, inputs.query_map, inputs.key_map)
-    likes = [inputs.q.new_empty(0) if x is None else x.new_empty(x.shape) for x in given]
+    there = [*wanted[:2], *(x is not None for x in given[2:])]
+    likes = [
+        x.new_empty(x.shape) if is_there and x is not None else inputs.q.new_empty(0)
+        for x, is_there in zip(given, there, strict=True)
+    ]
     return [*likes, *Launch(inputs).memory()[:2]]
 
 
 @backward_operator.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    return fake_gradients(Inputs(*arguments[: len(Inputs._fields)]))
+    return fake_gradients(Inputs(*arguments[: len(Inputs._fields)]), arguments[-1])
 
 
 PLACES = [Inputs._fields.index(name) for name in Gradients._fields[:-1]]
@@ -116,10 +124,11 @@ def gradients(backward: Callable[..., list[Tensor]], places: list[int], ctx: Any
     *tensors, y, log_mass, scale = kept[:-size]
     rest, count = iter(tensors), len(tensors) + len(ctx.others)
     inputs = [ctx.others[place] if place in ctx.others else next(rest) for place in range(count)]
-    found = backward(*inputs, list(kept[-size:]), y, log_mass, *given[:4], scale)
+    wanted = [ctx.needs_input_grad[place] for place in places]
+    found = backward(*inputs, list(kept[-size:]), y, log_mass, *given[:4], scale, wanted)
     result: list[Tensor | None] = [None] * count
-    for place, gradient in zip(places, found, strict=True):
-        result[place] = None if inputs[place] is None else gradient
+    for place, gradient, is_wanted in zip(places, found, wanted, strict=True):
+        result[place] = gradient if is_wanted else None
     return tuple(result)
 
 

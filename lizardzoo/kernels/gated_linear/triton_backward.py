@@ -367,7 +367,7 @@ def map_gradients(
 ):  # fmt: skip
     """From d_z [B, T, H, F] to d_x = d_z W^T [B, T, H, D] (zero from token `end` on) and this part of d_W = x^T d_z.
 
-    d_x may be d_z itself where F = D: a tile is read whole before it is written.
+    d_x may be d_z itself where F = D: a tile is read whole before it is written; None: it is not wanted.
     """
     part, bh = tl.program_id(0), tl.program_id(1)
     row, own = (bh // H).to(tl.int64), bh % H
@@ -378,8 +378,9 @@ def map_gradients(
         tile = _tokens(x + row * xb + key * xh, n * C, xt, end, D, C, BD)
         gradient = _tokens(d_z + row * T * H * F + own * F, n * C, H * F, end, F, C, BF)
         d_map += _dot(tl.trans(tile), gradient, OPERAND, PRECISION)
-        d_tile = _dot_turned(gradient, w, OPERAND, PRECISION)
-        _put_tokens(d_x + row * T * H * D + own * D, d_tile, n * C, H * D, T, D, C, BD)
+        if d_x is not None:
+            d_tile = _dot_turned(gradient, w, OPERAND, PRECISION)
+            _put_tokens(d_x + row * T * H * D + own * D, d_tile, n * C, H * D, T, D, C, BD)
     _put_tokens(d_maps + (part * tl.num_programs(1) + bh).to(tl.int64) * D * F, d_map, 0, F, D, F, BD, BF)
 
 

@@ -53,16 +53,24 @@ def compute(*arguments: Any) -> tuple[Tensor, ...]:
 def compute_backward(*arguments: Any) -> list[Tensor]:
     """Gradients of q, k, v, log_decay, log_input, both maps, kv, norm, near_q, near_k, near_v, sink and log_scale.
 
-    Empty for those that are not there.
+    Empty for those that are not there. wanted: of which a gradient is wanted; where none of the tokens' is, as in stage
+    1, the window's half of the work falls away.
     """
-    *inputs, saved, y, log_mass, d_y, d_log_mass, d_kv, d_norm, last_scale = arguments
+    *inputs, saved, y, log_mass, d_y, d_log_mass, d_kv, d_norm, last_scale, wanted = arguments
     linear, near, log_scale, numbers = _split(inputs)
     d_y = torch.zeros_like(y) if d_y is None else d_y.contiguous()
-    *d_near, d_sink, delta = window_ops.gradients(*near, y, log_mass, d_y, d_log_mass, *numbers)  # type: ignore[call-arg]
+    d_log_mass = None if d_log_mass is None else d_log_mass.contiguous()
+    d_near: list[Any] = [None] * 3
+    if any(wanted[place] for place in WINDOW):
+        *d_near, delta = window_ops.gradients(*near, y, log_mass, d_y, d_log_mass, *numbers)  # type: ignore[call-arg]
+    else:
+        delta = launch.deltas(y, d_y, d_log_mass)
+    d_sink = window_ops.sink_gradient(near[3], log_mass, delta)
     own = log_mass if log_scale is None else log_mass - log_scale
     shared = inputs[LINEAR + 2] is None
     memory = gated_linear.memory_gradient(y, d_kv, d_norm, last_scale)
-    found = launch.backward(linear, Saved(*saved), own, delta, d_y, memory, d_near[2] if shared else None)
+    d_v, tokens = d_near[2] if shared else None, (wanted[0], wanted[1])
+    found = launch.backward(linear, Saved(*saved), own, delta, d_y, memory, d_v, tokens)
     rest = (*d_near[:2], None if shared else d_near[2], d_sink, None if log_scale is None else found.sides)
     return [y.new_empty(0) if x is None else x for x in (*found[:-1], *rest)]
 
@@ -75,7 +83,7 @@ backward_operator = torch.library.custom_op(
     compute_backward,
     mutates_args=(),
     schema=f"({SIGNATURE}, Tensor[] saved, Tensor y, Tensor log_mass, Tensor? d_y, Tensor? d_log_mass, Tensor? d_kv,"
-    " Tensor? d_norm, Tensor last_scale) -> Tensor[]",
+    " Tensor? d_norm, Tensor last_scale, bool[] wanted) -> Tensor[]",
 )
 
 
@@ -86,15 +94,19 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 @backward_operator.register_fake
 def _(*arguments: Any) -> list[Tensor]:
-    likes = [arguments[place] for place in PLACES[-5:]]
+    wanted, likes = arguments[-1], [arguments[place] for place in PLACES[-5:]]
+    if not any(wanted[place] for place in WINDOW):
+        likes[:3] = [None] * 3
     return [
-        *gated_linear.fake_gradients(Inputs(*arguments[:LINEAR])),
+        *gated_linear.fake_gradients(Inputs(*arguments[:LINEAR]), wanted),
         *(arguments[0].new_empty(0) if x is None else x.new_empty(x.shape) for x in likes),
     ]
 
 
 PLACES = [*gated_linear.PLACES, *(LINEAR + n for n in (0, 1, 2, 3, 6))]
 """Of the inputs that have gradients."""
+WINDOW = (2, *range(len(gated_linear.PLACES), len(gated_linear.PLACES) + 3))
+"""Among those, the ones that the window's backward gives: v (which it may share), near_q, near_k, near_v."""
 operator.register_autograd(
     partial(gated_linear.gradients, backward_operator, PLACES), setup_context=gated_linear.setup_context
 )

@@ -106,7 +106,7 @@ def _(q, k, v, sink, first, lengths, window, keep, offset, scale):
 
 
 def gradients(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, window, keep, offset, scale):
-    """Gradients of q, k, v and sink (None without one), and delta = dy.y - dlog_mass.
+    """Gradients of q, k and v, and delta = dy.y - dlog_mass.
 
     y and log_mass may be those of a larger sum that has other terms beside the window's.
     """
@@ -142,15 +142,21 @@ def gradients(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, window,
         (q, k, v, first, lengths, log_mass, dy, delta, part_k, part_v, dk, dv), numbers,
         {**sizes, "KEEP": keep > 0, **tiles, "C": CHUNK}, **options,
     )  # fmt: skip
+    return dq, dk, dv, delta
+
+
+def sink_gradient(sink, log_mass, delta):
+    """The gradient of sink [H], None without one; log_mass and delta [B, T, H]."""
     if sink is None:
-        return dq, dk, dv, None, delta
+        return None
     share = torch.where(torch.isfinite(log_mass), (sink - log_mass).exp(), 0.0)
-    return dq, dk, dv, -torch.where(share > 0, share * delta, 0.0).sum((0, 1)), delta
+    return -torch.where(share > 0, share * delta, 0.0).sum((0, 1))
 
 
-def compute_backward(q, *arguments):
+def compute_backward(q, k, v, sink, first, lengths, y, log_mass, *arguments):
     """Gradients of q, k, v, and of sink (empty without one)."""
-    dq, dk, dv, dsink, _ = gradients(q, *arguments)
+    dq, dk, dv, delta = gradients(q, k, v, sink, first, lengths, y, log_mass, *arguments)
+    dsink = sink_gradient(sink, log_mass, delta)
     return dq, dk, dv, q.new_empty(0, dtype=torch.float32) if dsink is None else dsink
 
 
