@@ -160,8 +160,18 @@ class MixedAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, hidden] -> [B, T, hidden], and attention weights (None for a mixer)."""
-        if self.mixer is None or self.runs_softmax:
-            return self.softmax_forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+        run = self.softmax_forward if self.mixer is None or self.runs_softmax else self.mixer_forward
+        return run(hidden_states, position_embeddings, attention_mask, **kwargs)
+
+    def mixer_forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """What the mixer gives, whichever of the two runs; the attention mask of softmax is none of its business."""
+        assert self.mixer is not None
         inputs = self.inputs(hidden_states, position_embeddings, **kwargs)
         cache = cache_of(kwargs)
         if cache is not None:
@@ -246,8 +256,9 @@ class MixedModel(nn.Module):
                 if starts is not None:
                     use_cache = _without_cache(use_cache)
         if tokens is not None and all(mixing):
-            # Nobody looks at a causal mask, which would be [B, 1, T, T]; one of 4 dimensions is taken as it is.
-            masks = dict.fromkeys(kinds, tokens.new_ones((1, 1, 1, 1), dtype=torch.bool))
+            # Nobody looks at a causal mask, which would be [B, 1, T, T]; one of 4 dimensions is taken as it is. It fits
+            # no scores: whoever calls softmax_forward all the same gets an error, and not attention without a mask.
+            masks = dict.fromkeys(kinds, tokens.new_empty((1, 1, 0, 0), dtype=torch.bool))
         if masks is not None:
             attention_mask = masks if isinstance(self, LayerwiseMasks) else masks[kinds[0]]
         output = super().forward(

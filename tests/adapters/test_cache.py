@@ -109,4 +109,16 @@ def test_a_padded_prompt_makes_no_square_mask_where_no_softmax_is_kept(tiny_llam
         mask = torch.ones(2, 30, dtype=torch.long)
         mask[0, :9] = 0
         model(tokens(2, 30), attention_mask=mask)
-    assert [mask.shape[-1] for mask in masks] == [1, 30]
+    assert [mask.shape[-1] for mask in masks] == [0, 30]
+
+
+def test_softmax_beside_the_mixers_without_a_mask_is_an_error(tiny_llama: Any) -> None:
+    """A hook that calls it in a pass of mixers would get attention to the future: there is no causal mask."""
+    for implementation in ("sdpa", "eager"):
+        tiny_llama.set_attn_implementation(implementation)
+        model = student(tiny_llama, LAYERS["hybrid"])
+        model.attentions()[1].register_forward_hook(
+            lambda module, args, kwargs, output: module.softmax_forward(*args, **kwargs), with_kwargs=True
+        )
+        with pytest.raises(RuntimeError, match="size"):
+            model(tokens(2, 12), use_cache=False)
