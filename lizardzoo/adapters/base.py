@@ -18,7 +18,15 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from transformers.utils import can_return_tuple
 
 from lizardzoo import mixers as _builtin_mixers  # noqa: F401  registers the mixers that a config.json may name
-from lizardzoo.adapters.masks import CACHE_KEYWORD, TOKEN_MASK, cache_of, document_starts, softmax_masks, token_mask
+from lizardzoo.adapters.masks import (
+    CACHE_KEYWORD,
+    TOKEN_MASK,
+    cache_of,
+    document_starts,
+    refuse_static,
+    softmax_masks,
+    token_mask,
+)
 from lizardzoo.cache import MIXER_LAYER_TYPE, SLIDING_MIXER_LAYER_TYPE, MixerCacheLayer
 from lizardzoo.config import MIXERS, MixerSpec, resolve_layers
 from lizardzoo.errors import LizardzooError
@@ -241,6 +249,8 @@ class MixedModel(nn.Module):
                 "output_attentions=True, but all layers of this model are mixers, which have no attention weights; "
                 "leave it out, or look at the teacher's with lizardzoo.softmax_mode(model)"
             )
+        if not all(mixing) and self.config._attn_implementation == "flex_attention":  # type: ignore[union-attr]
+            refuse_static(cache_of(kwargs))
         masks = attention_mask if isinstance(attention_mask, dict) else None  # of `create_masks_for_generate`
         if masks is not None and TOKEN_MASK in masks:
             kwargs["token_mask"] = masks[TOKEN_MASK]
