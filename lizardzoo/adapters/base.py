@@ -27,7 +27,7 @@ from lizardzoo.adapters.masks import (
     softmax_masks,
     token_mask,
 )
-from lizardzoo.cache import MIXER_LAYER_TYPE, SLIDING_MIXER_LAYER_TYPE, MixerCacheLayer
+from lizardzoo.cache import MIXER_LAYER_TYPE, SLIDING_MIXER_LAYER_TYPE, MixerCacheLayer, prefetch_next
 from lizardzoo.config import MIXERS, MixerSpec, resolve_layers
 from lizardzoo.errors import LizardzooError
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
@@ -190,6 +190,7 @@ class MixedAttention(nn.Module):
                     f"layer {self.layer_idx} needs a {MixerCacheLayer.__name__}, got {type(layer).__name__}; "
                     f"make the cache with DynamicCache(config=model.config)"
                 )
+            prefetch_next(cache, self.layer_idx, hidden_states.device)
             y = layer.advance(self.mixer, inputs)
         else:
             y, _ = self.mixer(inputs)
