@@ -141,17 +141,22 @@ def generate(student: Any, prompt: Tensor, count: int, mark: int) -> tuple[list[
     At every `mark` tokens: milliseconds a token since the last mark, and MiB on the device, then and at most since.
     Returns the marks, the tokens [1, count], and the logits that gave the last of them.
     """
-    decoder = Decoder(student, state_cache(student, prompt), prompt[:, -1:])
-    text = torch.zeros(1, count, dtype=prompt.dtype, device=prompt.device)
-    place = torch.zeros(1, dtype=torch.long, device=prompt.device)
 
-    def step() -> None:
-        decoder.step()
-        text.index_copy_(1, place, decoder.token)
-        place.add_(1)
+    def begin() -> tuple[Decoder, Tensor, Callable[[], None]]:
+        decoder = Decoder(student, state_cache(student, prompt), prompt[:, -1:])
+        text = torch.zeros(1, count, dtype=prompt.dtype, device=prompt.device)
+        place = torch.zeros(1, dtype=torch.long, device=prompt.device)
 
-    if torch.cuda.is_available():  # what is compiled, loaded or allocated at the first step
-        Decoder(student, state_cache(student, prompt), prompt[:, -1:]).step()
+        def step() -> None:
+            decoder.step()
+            text.index_copy_(1, place, decoder.token)
+            place.add_(1)
+
+        return decoder, text, step
+
+    if torch.cuda.is_available():  # what is compiled or loaded at the first step must not be while it is captured
+        begin()[2]()
+    decoder, text, step = begin()
     run, marks = replayed(step), []
     for start in range(0, count, mark):
         tokens = min(mark, count - start)
