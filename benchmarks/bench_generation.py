@@ -35,12 +35,12 @@ from lizardzoo.cache import cache_bytes
 from lizardzoo.kernels import Impl
 
 CONTEXTS, BATCHES = (2048, 8192, 32768, 131072), (1, 16)
-LONG = (1024, 33792, 2048)
-"""Tokens of the prompt, tokens generated behind it, and tokens from mark to mark."""
+LONG = (1025, 33792, 2048)
+"""Tokens of the prompt (the last begins the first step), tokens generated behind it, and tokens from mark to mark."""
 TINY: dict[str, Any] = {"contexts": (64, 128), "batches": (1, 2), "long": (140, 24, 8)}
-CHECKED = (2, 300)
+CHECKED = (2, 304)
 """Rows and tokens of the text that steps are verified on: more than two windows."""
-STEPS = 8
+STEPS = 16  # what is read before is a multiple of 16 too, as are the contexts: no kernel is compiled twice
 TOLERANCE = 1e-4
 """Of logits; where plain PyTorch in the model's dtype has more than half of it against fp32, twice that."""
 READ_AT_ONCE = 2**19
