@@ -117,7 +117,7 @@ def _error(narrow: Tensor, wide: Tensor) -> float:
 
 @model_law
 def it_loads_by_device_map_and_without_memory(data: st.DataObject, case: Case) -> None:
-    """device_map "cpu", "auto" and layers left on disk, attn_implementation beside it; the meta device has all shapes."""
+    """device_map "cpu", "auto" and layers left on disk, attn_implementation beside it; the meta device has shapes."""
     ids, expected = case.tokens(2, 25), logits(case.student, case.tokens(2, 25))
     with saved(case.student) as folder:
         for device_map in ("cpu", "auto"):
