@@ -12,11 +12,7 @@ timed. All figures are of one run on one device, so that ratios count. Written t
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import json
 import math
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +20,8 @@ import decoding
 import torch
 from compile_peers import compile_ahead
 from contenders import KEEP, SHAPES, WINDOW, Contender, Inputs, Shape, draw, ours
-from measure import machine, measure, verify
-from report import markdown, plot
+from measure import attempt, machine, measure, verify
+from report import markdown, plot, render, rounded, save
 
 CASES = {
     "1b": ((8, 1024), (8, 2048), (1, 8192), (1, 32768), (1, 131072)),
@@ -60,7 +56,7 @@ def main() -> None:
     """Verify, time, print, write."""
     arguments = parse()
     if arguments.render:
-        render(json.loads(arguments.render.read_text(encoding="utf-8")), arguments.render)
+        render(arguments.render, markdown, plot)
     elif arguments.check:
         check()
     elif not torch.cuda.is_available():
@@ -102,7 +98,7 @@ def bench(arguments: argparse.Namespace) -> None:
     if arguments.decode:
         run["decode"] += decode(arguments)
     save(run, arguments.out / "attention.json")
-    render(run, arguments.out / "attention.json")
+    render(arguments.out / "attention.json", markdown, plot)
 
 
 def chosen(arguments: argparse.Namespace) -> dict[str, Contender]:
@@ -150,22 +146,6 @@ def figures_of(contender: Contender, shape: Shape, batch: int, tokens: int, peer
     return figures | ({"note": contender.note} if contender.note and backward else {})
 
 
-def attempt(run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """What it gives, or why it gives nothing: a contender that fails must not take the others' figures with it."""
-    try:
-        return run(*arguments)
-    except torch.OutOfMemoryError:
-        reason = "out of memory"
-    except Exception as error:  # noqa: BLE001  compilers raise what they like
-        reason = (str(error) or type(error).__name__).partition("\n")[0]
-        if not isinstance(error, ImportError):
-            traceback.print_exc()
-    finally:
-        torch.cuda.empty_cache()
-    print(f"{arguments[0] if isinstance(arguments[0], str) else run.__name__}: {reason}")
-    return {"right": False, "missing": reason}
-
-
 def decode(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Steps at the 1b shape: ours after short and long contexts, and the peers."""
     shape, impl = SHAPES["1b"], arguments.impl
@@ -183,32 +163,6 @@ def decode(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         found.append({"shape": "1b", "contender": contender, "context": context, **attempt(*call)})
         print("decode", rounded(found[-1]), flush=True)
     return found
-
-
-def rounded(figures: dict[str, Any]) -> str:
-    """For the log."""
-    return ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
-        for key, value in figures.items()
-        if value is not False
-    )
-
-
-def save(run: dict[str, Any], path: Path) -> None:
-    """The raw figures."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-
-
-def render(run: dict[str, Any], path: Path) -> None:
-    """Tables, and a picture where matplotlib is installed, beside the raw figures."""
-    tables = markdown(run)
-    path.with_suffix(".md").write_text(tables, encoding="utf-8")
-    print(tables)
-    if importlib.util.find_spec("matplotlib"):
-        plot(run, path.with_suffix(".png"))
-    else:
-        print(f"no matplotlib here: --render {path.name} draws the picture elsewhere")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import platform
 import statistics
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -67,9 +69,16 @@ def verify(contender: Contender, inputs: Inputs, backward: bool = True) -> Verdi
 
 
 def timed(run: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """Median milliseconds on the device, after a warm-up; short runs are repeated more often."""
+    """Median milliseconds on the device (on the CPU where there is none), after a warm-up; short runs more often."""
+
+    def clock() -> float:
+        start = time.perf_counter()
+        run()
+        return 1e3 * (time.perf_counter() - start)
 
     def events(count: int) -> list[float]:
+        if not torch.cuda.is_available():
+            return [clock() for _ in range(count)]
         pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(count)]
         for start, end in pairs:
             start.record()
@@ -99,6 +108,8 @@ def captured(run: Callable[[], Any], warm_up: int = 1) -> torch.cuda.CUDAGraph:
 def times(name: str, run: Callable[[], Any]) -> dict[str, float]:
     """Milliseconds as PyTorch runs it, and of the device alone where it can be captured."""
     found = {f"{name} ms": timed(run)}
+    if not torch.cuda.is_available():
+        return found
     try:
         found[f"{name} graph ms"] = timed(captured(run).replay)
     except RuntimeError as error:
@@ -137,16 +148,34 @@ def measure(contender: Contender, inputs: Inputs, backward: bool = True) -> dict
     return figures | {"first call s": first}
 
 
+def attempt(run: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """What it gives, or why it gives nothing: a contender that fails must not take the others' figures with it."""
+    try:
+        return run(*arguments)
+    except torch.OutOfMemoryError:
+        reason = "out of memory"
+    except Exception as error:  # noqa: BLE001  compilers raise what they like
+        reason = (str(error) or type(error).__name__).partition("\n")[0]
+        if not isinstance(error, ImportError):
+            traceback.print_exc()
+    finally:
+        torch.cuda.empty_cache()
+    print(f"{arguments[0] if isinstance(arguments[0], str) else run.__name__}: {reason}")
+    return {"right": False, "missing": reason}
+
+
 def machine() -> dict[str, Any]:
-    """What the figures belong to: device, versions, and its two measured ceilings."""
+    """What the figures belong to: device, versions, and the device's two measured ceilings."""
+    packages = {"transformers": "transformers", "triton": "triton", "fla": "fla-core"}
+    versions = {name: version for name, package in packages.items() if (version := _version(package))}
+    if not torch.cuda.is_available():
+        return {"device": platform.processor() or platform.machine(), "torch": torch.__version__, **versions}
     properties = torch.cuda.get_device_properties(0)
-    packages = {"triton": "triton", "fla": "fla-core"}
-    versions = {name: _version(package) for name, package in packages.items()}
     return {
         "device": properties.name,
         "memory GiB": round(properties.total_memory / 2**30, 1),
         "torch": torch.__version__,
-        **{name: version for name, version in versions.items() if version},
+        **versions,
         "copy TB/s": round(_copy_rate() / 1e12, 2),
         "bf16 TFLOP/s": round(_product_rate() / 1e12),
     }

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +15,51 @@ EAGER = ("forward ms", "forward + backward ms")
 GRAPH = ("forward graph ms", "forward + backward graph ms")
 
 
+def save(run: dict[str, Any], path: Path) -> None:
+    """The raw figures."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+
+
+def render(path: Path, markdown: Callable[[dict[str, Any]], str], plot: Callable[[dict[str, Any], Path], None]) -> None:
+    """Tables, and a picture where matplotlib is installed, beside the raw figures."""
+    run = json.loads(path.read_text(encoding="utf-8"))
+    tables = markdown(run)
+    path.with_suffix(".md").write_text(tables, encoding="utf-8")
+    print(tables)
+    if importlib.util.find_spec("matplotlib"):
+        plot(run, path.with_suffix(".png"))
+    else:
+        print(f"no matplotlib here: --render {path.name} draws the picture elsewhere")
+
+
+def rounded(figures: dict[str, Any]) -> str:
+    """For the log."""
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in figures.items()
+        if value is not False
+    )
+
+
+def named(machine: dict[str, Any]) -> str:
+    """The device and the versions."""
+    rate = f" (copies at {machine['copy TB/s']} TB/s)" if "copy TB/s" in machine else ""
+    versions = [f"{name} {machine[name]}" for name in ("torch", "transformers", "triton", "fla") if name in machine]
+    return f"{machine['device']}{rate}, {', '.join(versions)}"
+
+
 def markdown(run: dict[str, Any]) -> str:
     """All tables of a run."""
-    machine = run["machine"]
-    named = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton", "fla") if name in machine)
     parts = [
-        f"{machine['device']} (copies at {machine['copy TB/s']} TB/s), {named}; bf16, window {run['window']}, "
+        f"{named(run['machine'])}; bf16, window {run['window']}, "
         f"{run['keep']} kept tokens. Milliseconds, medians of at least 20 runs: forward / forward + backward. Against: "
         f"how many times faster our hybrid is. The device alone (replayed from a CUDA graph):",
         _speed(run["results"], GRAPH),
         "As PyTorch runs it, one operation after the other: for short sequences the CPU's time to launch them counts.",
         _speed(run["results"], EAGER),
         "Extra memory of one forward + backward, MiB:",
-        _table(run["results"], lambda entry: _number(entry.get("peak MiB"))),
+        _table(run["results"], lambda entry: number(entry.get("peak MiB"))),
     ]
     if run["verified"]:
         parts += ["First forward + backward of a process (compiling, tuning), seconds:", _first(run["verified"])]
@@ -42,7 +76,7 @@ def _speed(results: Sequence[dict[str, Any]], times: tuple[str, str]) -> str:
     def cell(entry: dict[str, Any]) -> str:
         if "missing" in entry:
             return entry["missing"]
-        both = " / ".join(_number(entry.get(time)) for time in times)
+        both = " / ".join(number(entry.get(time)) for time in times)
         return both + (marks[entry["note"]] if entry.get("note") else "")
 
     table = _table(results, cell, times, ratios=(PEER, SOFTMAX))
@@ -57,7 +91,7 @@ def _table(results: Sequence[dict[str, Any]], cell: Any, times: Sequence[str] = 
         cells = [cell(found[name]) if name in found else "" for name in contenders]
         shape, batch, tokens = case
         rows.append([f"{shape}, {batch} x {tokens:,}", *cells, *(_ratio(found, other, times) for other in ratios)])
-    return _rows(["", *contenders, *(f"hybrid against {other}" for other in ratios)], rows)
+    return table(["", *contenders, *(f"hybrid against {other}" for other in ratios)], rows)
 
 
 def _case(entry: dict[str, Any]) -> tuple[str, int, int]:
@@ -75,7 +109,7 @@ def _first(verdicts: Sequence[dict[str, Any]]) -> str:
     contenders = list(dict.fromkeys(verdict["contender"] for verdict in verdicts))
     seconds = {(verdict["shape"], verdict["contender"]): verdict.get("first_s") for verdict in verdicts}
     shapes = dict.fromkeys(verdict["shape"] for verdict in verdicts)
-    return _rows(["", *contenders], [[s, *(_number(seconds.get((s, name))) for name in contenders)] for s in shapes])
+    return table(["", *contenders], [[s, *(number(seconds.get((s, name))) for name in contenders)] for s in shapes])
 
 
 def _decode(entries: Sequence[dict[str, Any]]) -> str:
@@ -85,15 +119,16 @@ def _decode(entries: Sequence[dict[str, Any]]) -> str:
         else [entry["shape"], entry["contender"], f"{entry['context']:,}", entry["missing"], ""]
         for entry in entries
     ]
-    return _rows(["", "", "tokens before", "microseconds", "state MiB"], rows)
+    return table(["", "", "tokens before", "microseconds", "state MiB"], rows)
 
 
-def _rows(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
+def table(head: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *cells]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """Three digits."""
     if value is None:
         return "-"

@@ -133,11 +133,10 @@ class MixerCacheLayer(CacheLayerMixin):
         self._map(lambda x: x[indices.to(x.device)])
 
     def offload(self) -> None:
-        """To the CPU."""
-        self._map(lambda x: x.to("cpu", non_blocking=True))
+        """Nothing: a state has its one size, which is small beside what kept softmax layers hold. It stays."""
 
     def prefetch(self) -> None:
-        """Nothing to do: the mixer's next call moves the state with its inputs."""
+        """Nothing: it is there."""
 
     def get_seq_length(self) -> int:
         """Tokens seen, padded ones included."""
@@ -226,6 +225,16 @@ class StaticMixerCacheLayer(MixerCacheLayer):
 
 for _layer_type in (MIXER_LAYER_TYPE, SLIDING_MIXER_LAYER_TYPE):
     STATIC_LAYER_TYPE_MAPPING[_layer_type] = StaticMixerCacheLayer
+
+
+def prefetch_next(cache: Cache, layer_index: int, device: torch.device) -> None:
+    """Before a mixer's layer, what `Cache.update` does before a softmax layer: have the next one's keys brought back.
+
+    An offloaded cache hands on from layer to layer, and a mixer's layer goes by `advance` instead of `update`.
+    """
+    if cache.offloading:
+        cache.prefetch_stream.wait_stream(torch.cuda.default_stream(device))  # the copies to the CPU are made there
+        cache.prefetch(layer_index + 1, cache.only_non_sliding)
 
 
 def cache_bytes(cache: Cache) -> int:

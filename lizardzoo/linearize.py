@@ -97,7 +97,8 @@ def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
     """Load a linearized model from a folder or the Hub; `kwargs` go to transformers' `from_pretrained`.
 
     Raises:
-        LizardzooError: the checkpoint is not a linearized one, or its parameters are not exactly the model's.
+        LizardzooError: the checkpoint is not a linearized one, its parameters are not exactly the model's, or the
+            `attn_implementation` is not installed.
     """
     config = read_config(name_or_path, **_hub_kwargs(kwargs))
     adapter = next((a for a in map(ADAPTERS.get, ADAPTERS) if a.config_class.model_type == config.model_type), None)
@@ -106,7 +107,7 @@ def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
             f"{name_or_path} holds a plain {config.model_type!r} model, not a linearized one; "
             f"make one with lizardzoo.linearize({str(name_or_path)!r})"
         )
-    with _readable_weights(name_or_path):
+    with _readable_weights(name_or_path), _usable_attention(kwargs.get("attn_implementation")):
         model, info = adapter.from_pretrained(str(name_or_path), output_loading_info=True, **kwargs)
     problems = [
         f"{len(names)} {what} (first: {sorted(map(str, names))[0]})"
@@ -270,6 +271,19 @@ def _readable_weights(source: str | Path) -> Iterator[None]:
             raise
         raise LizardzooError(
             f"transformers cannot read the GGUF file {source} ({error}); is it complete, and of a model it knows?"
+        ) from error
+
+
+@contextmanager
+def _usable_attention(implementation: str | None) -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        if implementation is None or "attention" not in str(error).lower():
+            raise
+        raise LizardzooError(
+            f"attn_implementation={implementation!r} cannot be used here ({str(error).rstrip('.')}); install it, or "
+            f"take 'sdpa', which needs nothing"
         ) from error
 
 

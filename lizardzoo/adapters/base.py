@@ -18,8 +18,16 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from transformers.utils import can_return_tuple
 
 from lizardzoo import mixers as _builtin_mixers  # noqa: F401  registers the mixers that a config.json may name
-from lizardzoo.adapters.masks import CACHE_KEYWORD, TOKEN_MASK, cache_of, document_starts, softmax_masks, token_mask
-from lizardzoo.cache import MIXER_LAYER_TYPE, SLIDING_MIXER_LAYER_TYPE, MixerCacheLayer
+from lizardzoo.adapters.masks import (
+    CACHE_KEYWORD,
+    TOKEN_MASK,
+    cache_of,
+    document_starts,
+    refuse_static,
+    softmax_masks,
+    token_mask,
+)
+from lizardzoo.cache import MIXER_LAYER_TYPE, SLIDING_MIXER_LAYER_TYPE, MixerCacheLayer, prefetch_next
 from lizardzoo.config import MIXERS, MixerSpec, resolve_layers
 from lizardzoo.errors import LizardzooError
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
@@ -160,8 +168,18 @@ class MixedAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """[B, T, hidden] -> [B, T, hidden], and attention weights (None for a mixer)."""
-        if self.mixer is None or self.runs_softmax:
-            return self.softmax_forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+        run = self.softmax_forward if self.mixer is None or self.runs_softmax else self.mixer_forward
+        return run(hidden_states, position_embeddings, attention_mask, **kwargs)
+
+    def mixer_forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """What the mixer gives, whichever of the two runs; the attention mask of softmax is none of its business."""
+        assert self.mixer is not None
         inputs = self.inputs(hidden_states, position_embeddings, **kwargs)
         cache = cache_of(kwargs)
         if cache is not None:
@@ -172,6 +190,7 @@ class MixedAttention(nn.Module):
                     f"layer {self.layer_idx} needs a {MixerCacheLayer.__name__}, got {type(layer).__name__}; "
                     f"make the cache with DynamicCache(config=model.config)"
                 )
+            prefetch_next(cache, self.layer_idx, hidden_states.device)
             y = layer.advance(self.mixer, inputs)
         else:
             y, _ = self.mixer(inputs)
@@ -231,6 +250,8 @@ class MixedModel(nn.Module):
                 "output_attentions=True, but all layers of this model are mixers, which have no attention weights; "
                 "leave it out, or look at the teacher's with lizardzoo.softmax_mode(model)"
             )
+        if not all(mixing) and self.config._attn_implementation == "flex_attention":  # type: ignore[union-attr]
+            refuse_static(cache_of(kwargs))
         masks = attention_mask if isinstance(attention_mask, dict) else None  # of `create_masks_for_generate`
         if masks is not None and TOKEN_MASK in masks:
             kwargs["token_mask"] = masks[TOKEN_MASK]
@@ -246,8 +267,9 @@ class MixedModel(nn.Module):
                 if starts is not None:
                     use_cache = _without_cache(use_cache)
         if tokens is not None and all(mixing):
-            # Nobody looks at a causal mask, which would be [B, 1, T, T]; one of 4 dimensions is taken as it is.
-            masks = dict.fromkeys(kinds, tokens.new_ones((1, 1, 1, 1), dtype=torch.bool))
+            # Nobody looks at a causal mask, which would be [B, 1, T, T]; one of 4 dimensions is taken as it is. It fits
+            # no scores: whoever calls softmax_forward all the same gets an error, and not attention without a mask.
+            masks = dict.fromkeys(kinds, tokens.new_empty((1, 1, 0, 0), dtype=torch.bool))
         if masks is not None:
             attention_mask = masks if isinstance(self, LayerwiseMasks) else masks[kinds[0]]
         output = super().forward(

@@ -23,6 +23,15 @@ def cache_of(kwargs: dict[str, Any]) -> Cache | None:
     return kwargs.get(CACHE_KEYWORD, kwargs.get("past_key_values"))
 
 
+def refuse_static(cache: Cache | None) -> None:
+    """Of flex_attention, whose mask of transformers reads a static cache's length when it has moved on already."""
+    if cache is not None and cache.is_compileable:
+        raise LizardzooError(
+            "flex_attention cannot go on from a static cache: by transformers' mask tokens would see past themselves; "
+            "take a dynamic cache, or set_attn_implementation('sdpa')"
+        )
+
+
 def softmax_masks(
     config: Any, inputs_embeds: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, cache: Cache | None
 ) -> dict[str, Any]:

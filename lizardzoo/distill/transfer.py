@@ -1,20 +1,21 @@
 """Stage 1: each mixer learns to give what its layer's softmax attention gives, on the teacher's own input.
 
-No second model is needed: the projections are the teacher's, so a hook on each attention computes the
-target with them, measures the mixer's error, and hands the target on. Every layer therefore sees exactly what
-it sees in the teacher, and no error is passed from layer to layer.
+No second model is needed: the projections are the teacher's, so the student runs its softmax, and a hook on each
+attention runs the mixer beside it and measures its error. Every layer therefore sees exactly what it sees in the
+teacher, and no error is passed from layer to layer.
 """
 
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lizardzoo.adapters.base import is_new_parameter
+from lizardzoo.adapters.base import is_new_parameter, softmax_mode
 from lizardzoo.distill.recipe import Stage
 from lizardzoo.distill.trainer import (
     StageTrainer,
@@ -29,25 +30,28 @@ class TeacherForcing:
     """Inside, a forward pass of the student is the teacher's; `errors` gets each mixer's error by layer."""
 
     def __init__(self, model: Any) -> None:
-        self.attentions = [attention for attention in model.attentions() if attention.mixer is not None]
+        self.model = model
         self.errors: dict[int, Tensor] = {}
         self.recording = True
 
     def __enter__(self) -> TeacherForcing:
-        self._handles = [a.register_forward_hook(self._hook, with_kwargs=True) for a in self.attentions]
+        self._stack = ExitStack()
+        self._stack.enter_context(softmax_mode(self.model))  # masks are the teacher's too
+        for attention in self.model.attentions():
+            if attention.mixer is not None:
+                self._stack.callback(attention.register_forward_hook(self._hook, with_kwargs=True).remove)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._stack.close()
 
     def _hook(self, attention: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-        with torch.no_grad():
-            target, weights = attention.softmax_forward(*args, **kwargs)
-        error = layer_error(output[0], target, kwargs.get("token_mask"))
+        target = output[0].detach()
+        found, _ = attention.mixer_forward(*args, **kwargs)
+        error = layer_error(found, target, kwargs.get("token_mask"))
         if self.recording:  # not when a checkpointed layer is computed again: that would keep its graph alive
             self.errors[attention.layer_idx] = error
-        return target, weights
+        return target, output[1]
 
 
 def layer_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 import lizardzoo as lz
 from lizardzoo.adapters.masks import CACHE_KEYWORD
@@ -65,6 +66,43 @@ def test_a_static_cache_never_moves(tiny_llama: Any, name: str) -> None:
     assert distance(answer, full[:, 17 - undone :]) <= 1e-5
 
 
+class Stream:
+    """Of copies, on a machine that has none."""
+
+    def __enter__(self) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
+    def wait_stream(self, other: Any) -> None: ...
+
+
+@pytest.mark.parametrize("layers", ["sms", "mms", "smm", "msm", "sss", "mmm"])
+@pytest.mark.parametrize("static", [False, True])
+def test_an_offloaded_cache_has_each_layers_keys_where_they_are_needed(
+    tiny_llama: Any, monkeypatch: pytest.MonkeyPatch, layers: str, static: bool
+) -> None:
+    """Here they are hidden in place of being sent to another device; a layer that asks too early fails."""
+
+    def offload(layer: Any) -> None:
+        layer.aside, layer.keys, layer.values = (layer.keys, layer.values), None, None
+
+    def prefetch(layer: Any) -> None:
+        if getattr(layer, "aside", None) is not None:
+            (layer.keys, layer.values), layer.aside = layer.aside, None
+
+    kind = StaticLayer if static else DynamicLayer
+    monkeypatch.setattr(kind, "offload", offload)
+    monkeypatch.setattr(kind, "prefetch", prefetch)
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: Stream())
+    model, ids = student(tiny_llama, [lz.Softmax() if c == "s" else lz.Hybrid(window=5) for c in layers]), tokens(2, 20)
+    config = {"config": model.config}
+    cache = StaticCache(max_cache_len=24, **config) if static else DynamicCache(**config)
+    cache.offloading, cache.only_non_sliding, cache.prefetch_stream = True, True, Stream()
+    with torch.no_grad():
+        parts = [model(part, **past(cache)).logits for part in ids.split([9, 1, 1, 6, 1, 2], 1)]
+        assert distance(torch.cat(parts, 1), model(ids, use_cache=False).logits) <= 1e-5
+    there = [layer.keys is not None for layer in cache.layers if isinstance(layer, kind)]
+    assert sum(there) <= 1, "at most the next one is brought back"
+
+
 def test_the_cache_of_kept_softmax_weighs_its_share(tiny_llama: Any) -> None:
     model = student(tiny_llama, LAYERS["mixed"])
     with torch.no_grad():
@@ -109,4 +147,16 @@ def test_a_padded_prompt_makes_no_square_mask_where_no_softmax_is_kept(tiny_llam
         mask = torch.ones(2, 30, dtype=torch.long)
         mask[0, :9] = 0
         model(tokens(2, 30), attention_mask=mask)
-    assert [mask.shape[-1] for mask in masks] == [1, 30]
+    assert [mask.shape[-1] for mask in masks] == [0, 30]
+
+
+def test_softmax_beside_the_mixers_without_a_mask_is_an_error(tiny_llama: Any) -> None:
+    """A hook that calls it in a pass of mixers would get attention to the future: there is no causal mask."""
+    for implementation in ("sdpa", "eager"):
+        tiny_llama.set_attn_implementation(implementation)
+        model = student(tiny_llama, LAYERS["hybrid"])
+        model.attentions()[1].register_forward_hook(
+            lambda module, args, kwargs, output: module.softmax_forward(*args, **kwargs), with_kwargs=True
+        )
+        with pytest.raises(RuntimeError, match="size"):
+            model(tokens(2, 12), use_cache=False)

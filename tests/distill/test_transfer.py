@@ -16,9 +16,13 @@ PACKED = torch.cat([torch.arange(20), torch.arange(9), torch.arange(19)]).expand
 
 
 @pytest.mark.parametrize("position_ids", [None, PACKED], ids=["plain", "packed"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("mixing", [[0, 2], [0, 1, 2]], ids=["mixed", "no softmax kept"])
 def test_under_teacher_forcing_the_residual_stream_is_the_teachers_bit_for_bit(
-    student, tiny_llama, batch, position_ids
+    layers, tiny_llama, batch, position_ids, implementation, mixing
 ):
+    tiny_llama.set_attn_implementation(implementation)
+    student = lz.linearize(tiny_llama, [layers[0] if i in mixing else layers[1] for i in range(3)])
     given = {"position_ids": position_ids, "output_hidden_states": True, "use_cache": False}
     with torch.no_grad():
         expected = tiny_llama(batch, **given)
@@ -28,7 +32,7 @@ def test_under_teacher_forcing_the_residual_stream_is_the_teachers_bit_for_bit(
     assert all(torch.equal(a, b) for a, b in zip(expected.hidden_states, found.hidden_states, strict=True))
     assert torch.equal(expected.logits, found.logits)
     assert not torch.equal(expected.logits, free.logits)
-    assert list(forcing.errors) == [0, 2]
+    assert list(forcing.errors) == mixing
 
 
 def test_the_errors_are_those_of_the_mixers_own_outputs(student, tiny_llama, batch):

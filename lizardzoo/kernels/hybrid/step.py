@@ -39,15 +39,16 @@ def hybrid_step(
     width = power_of_2(dim)
     # 16 KB a tile: beside the maps and the memory more does not fit the registers
     slots = 16 if window_ops.INTERPRETED else min(128, 16384 // (max(width, sizes.BV) * q.element_size()))
-    triton_step.step[(batch * kv_heads,)](
-        q, k, v, near_q, near_k, log_decay, log_input, log_scale, query_map, key_map, sinks, mask,
-        ring_k, ring_v, kept_k, kept_v, kv, norm, memory_scale, waiting_k, ring_decay, ring_input, length, y, log_mass,
-        window, kept_k.shape[1], skip, 0 if sinks is None else sinks.shape[-1],
-        0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], scale, query_map.shape[0], key_map.shape[0],
-        HKV=kv_heads, DECAYS=0 if log_decay is None else log_decay.shape[2],
-        ENTERS=0 if log_input is None else log_input.shape[2], LAG=lag > 0, KEPT=kept_k.shape[1] > 0,
-        **sizes._asdict(), BD=width, MAP=activation, N=slots, MORE=window > slots, R=16, num_warps=8,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current one
+        triton_step.step[(batch * kv_heads,)](
+            q, k, v, near_q, near_k, log_decay, log_input, log_scale, query_map, key_map, sinks, mask,
+            ring_k, ring_v, kept_k, kept_v, kv, norm, memory_scale, waiting_k, ring_decay, ring_input, length, y,
+            log_mass, window, kept_k.shape[1], skip, 0 if sinks is None else sinks.shape[-1],
+            0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], scale, query_map.shape[0], key_map.shape[0],
+            HKV=kv_heads, DECAYS=0 if log_decay is None else log_decay.shape[2],
+            ENTERS=0 if log_input is None else log_input.shape[2], LAG=lag > 0, KEPT=kept_k.shape[1] > 0,
+            **sizes._asdict(), BD=width, MAP=activation, N=slots, MORE=window > slots, R=16, num_warps=8,
+        )  # fmt: skip
     return y, log_mass
 
 

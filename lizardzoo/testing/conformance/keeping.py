@@ -16,7 +16,15 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lizardzoo.adapters import is_new_parameter
 from lizardzoo.linearize import from_pretrained, linearize
-from lizardzoo.testing.conformance.case import Case, assert_close, logits, model_law, refused
+from lizardzoo.testing.conformance.case import (
+    Case,
+    assert_close,
+    assert_same_tokens,
+    greedy,
+    logits,
+    model_law,
+    refused,
+)
 
 
 @contextmanager
@@ -109,7 +117,7 @@ def _error(narrow: Tensor, wide: Tensor) -> float:
 
 @model_law
 def it_loads_by_device_map_and_without_memory(data: st.DataObject, case: Case) -> None:
-    """device_map "cpu" and "auto", attn_implementation beside it; the meta device has every name and shape."""
+    """device_map "cpu", "auto" and layers left on disk, attn_implementation beside it; the meta device has shapes."""
     ids, expected = case.tokens(2, 25), logits(case.student, case.tokens(2, 25))
     with saved(case.student) as folder:
         for device_map in ("cpu", "auto"):
@@ -117,6 +125,15 @@ def it_loads_by_device_map_and_without_memory(data: st.DataObject, case: Case) -
             answer = logits(model, ids.to(model.device)).cpu()
             assert model.config._attn_implementation == "eager"
             assert_close(answer, expected, device_map, bound=1e-5 if model.device.type == "cpu" else 1e-2)
+        base = case.student.base_model_prefix
+        places = {name: "cpu" for name, _ in case.student.named_children() if name != base}
+        places |= {f"{base}.{name}": "cpu" for name, _ in getattr(case.student, base).named_children()}
+        del places[f"{base}.layers"]
+        places |= {f"{base}.layers.{index}": "disk" for index in range(len(case.layers))}
+        model = from_pretrained(folder, device_map=places, offload_folder=folder / "offloaded")
+        assert all(p.is_meta for layer in getattr(model, base).layers for p in layer.parameters())
+        assert_close(logits(model, ids), expected, "layers on disk")
+        assert_same_tokens(greedy(model, ids, 3), greedy(case.student, ids, 3), "layers on disk")
         with torch.device("meta"):
             empty = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     shapes = {name: p.shape for name, p in case.student.named_parameters()}
