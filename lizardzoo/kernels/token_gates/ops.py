@@ -74,21 +74,13 @@ def compute(x: Tensor, weights: list[Tensor], biases: list[Tensor], sigmoids: in
     if not count:
         return found
     if count <= FEW:
-        tile = {"BM": 16, "BN": 4, "BK": 16 if INTERPRETED else 256}
-        grid = (-(-columns // 4), -(-count // 16))
+        tile = {"BM": 16, "BN": 2, "BK": 16 if INTERPRETED else 512}
+        grid = (-(-columns // 2), -(-count // 16))
         launch(kernels.few_rows_kernel, grid, form, pointers, numbers, {**sizes, **tile}, num_warps=8)
     else:
         constants = {**sizes, "OPERAND": operand, **tile}
-        launch(
-            kernels.forward_kernel,
-            (-(-count // tile["BM"]),),
-            form,
-            pointers,
-            numbers,
-            constants,
-            num_warps=4,
-            num_stages=3,
-        )
+        grid = (-(-count // tile["BM"]),)
+        launch(kernels.forward_kernel, grid, form, pointers, numbers, constants, num_warps=4, num_stages=1)
     return found
 
 

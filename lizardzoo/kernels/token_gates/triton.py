@@ -111,12 +111,13 @@ def few_rows_kernel(
     """Grid: blocks of a few columns, blocks of rows: with few rows (a decode step) the columns keep the device busy."""
     rows, c = tl.program_id(1) * BM + tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     row = rows.to(tl.int64)[:, None] * sx
-    z = tl.zeros([BM, BN], tl.float32)
+    products = tl.zeros([BM, BK, BN], tl.float32)  # summed once: a sum over threads in every turn takes longer than all
     for start in range(0, K, BK):
         k = start + tl.arange(0, BK)
         tokens = tl.load(x + row + k[None, :], (rows < M)[:, None] & (k < K)[None, :], 0.0).to(tl.float32)
         weights = _load(w0, w1, w2, k[:, None], c[None, :], (k < K)[:, None], N0, N1, N2)
-        z += tl.sum(tokens[:, :, None] * weights[None, :, :], 1)
+        products += tokens[:, :, None] * weights[None, :, :]
+    z = tl.sum(products, 1)
     _finish(z, b0, b1, b2, y0, y1, y2, rows, c, M, N0, N1, N2, SIGMOIDS)
 
 
@@ -142,7 +143,7 @@ def gradient_kernel(
         row, there = rows.to(tl.int64)[:, None], (rows < M)[:, None]
         d_z = _load(g0, g1, g2, row, c[None, :], there, N0, N1, N2)
         if SIGMOIDS > 0:
-            y = _load(y0, y1, y2, row, c[None, :], there, N0, N1, N2)
+            y = _load(y0, y1, y2, row, c[None, :], there & sigmoid, N0, N1, N2)
             d_z = tl.where(sigmoid, d_z * _less_than_one(tl.minimum(y, 0.0)), d_z)
         tokens = tl.load(x + row * sx + k[None, :], there & (k < K)[None, :], 0.0)
         bias += tl.sum(d_z, 0)
