@@ -163,8 +163,6 @@ def work(given: argparse.Namespace) -> None:
     """What each process of a case does; the first writes the result."""
     state = processes.start()
     device = state.device
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     model = student(given, device)
     data = RandomTokens(given.batch * given.steps, given.tokens, model.config.vocab_size)
     measured: dict[str, Any] = {}

@@ -23,19 +23,18 @@ def scaling(monkeypatch):
     sys.modules.pop("scaling", None)
 
 
-def test_one_process_and_two_with_shared_weights_learn_the_same(scaling, tmp_path, capsys):
-    arguments = "--processes 2 --cases one sharded --size tiny --tokens 192 --batch 2 --micro 1 --steps 3 --skip 1"
-    out = tmp_path / "scaling.json"
-    code = scaling.main([*arguments.split(), "--out", str(out)])
-    printed = capsys.readouterr().out
-    assert code == 0, printed
-    assert "losses agree" in printed
-    results = json.loads(out.read_text())["results"]
-    for case in ("one", "sharded"):
-        for stage in ("transfer", "finetune"):
-            assert len(results[case][stage]["losses"]) == 3
-            assert results[case][stage]["tokens_per_s"] > 0
-            assert results[case][stage]["losses"][-1] > 1e-3
+def test_one_process_and_two_with_shared_weights_learn_the_same(scaling, tmp_path):
+    arguments = "--processes 2 --size tiny --tokens 192 --batch 2 --micro 1 --steps 3 --skip 1".split()
+    scaling.work(scaling.parse([*arguments, "--worker", "one", "--out", str(tmp_path / "one.json")]))
+    one = json.loads((tmp_path / "one.json").read_text())
+    sharded = scaling.launch(scaling.parse(arguments), "sharded")
+    assert "error" not in sharded, sharded["output"]
+    assert scaling.problems({"one": one, "sharded": sharded}) == []
+    for stage in scaling.STAGES:
+        for result in (one, sharded):
+            assert len(result[stage]["losses"]) == 3
+            assert result[stage]["losses"][-1] > 1e-3
+            assert result[stage]["tokens_per_s"] > 0
 
 
 def test_losses_that_disagree_and_cases_that_fail_are_red(scaling, monkeypatch, tmp_path, capsys):

@@ -45,6 +45,11 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first() -> bool:
+    """Whether this is the process that writes and speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether `flag` holds in any process; all have to ask."""
     if not dist.is_initialized():
