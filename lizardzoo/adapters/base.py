@@ -130,6 +130,7 @@ class MixedAttention(nn.Module):
         spec = config.specs[layer_idx]
         self.mixer = None
         self.runs_softmax = spec.keeps_softmax  # `softmax_mode` sets it for a while
+        self.wants_mask = False  # set while someone calls `softmax_forward` beside the mixer
         if not spec.keeps_softmax:
             self.mixer = spec.build(self.attention_shape(config))
             if config.own_layer_types[layer_idx] == "sliding_attention":
@@ -245,7 +246,7 @@ class MixedModel(nn.Module):
                 starts = kwargs["document_starts"] = document_starts(position_ids, *tokens.shape[:2])
                 if starts is not None:
                     use_cache = _without_cache(use_cache)
-        if tokens is not None and all(mixing):
+        if tokens is not None and all(mixing) and not any(attention.wants_mask for attention in attentions):
             # Nobody looks at a causal mask, which would be [B, 1, T, T]; one of 4 dimensions is taken as it is.
             masks = dict.fromkeys(kinds, tokens.new_ones((1, 1, 1, 1), dtype=torch.bool))
         if masks is not None:

@@ -49,11 +49,15 @@ class TeacherForcing:
 
     def __enter__(self) -> TeacherForcing:
         self._handles = [a.register_forward_hook(self._hook, with_kwargs=True) for a in self.attentions]
+        for attention in self.attentions:
+            attention.wants_mask = True
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
+        for attention in self.attentions:
+            attention.wants_mask = False
 
     def _hook(self, attention: Any, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
         with torch.no_grad():

@@ -17,9 +17,12 @@ PACKED = torch.cat([torch.arange(20), torch.arange(9), torch.arange(19)]).expand
 
 
 @pytest.mark.parametrize("position_ids", [None, PACKED], ids=["plain", "packed"])
+@pytest.mark.parametrize("kept", [[1], []], ids=["softmax kept", "mixers alone"])
 def test_under_teacher_forcing_the_residual_stream_is_the_teachers_bit_for_bit(
-    student, tiny_llama, batch, position_ids
+    kept, position_ids, tiny_llama, layers, batch
 ):
+    mixed = [lz.Softmax() if index in kept else layers[0] for index in range(3)]
+    student = lz.linearize(tiny_llama, mixed)
     given = {"position_ids": position_ids, "output_hidden_states": True, "use_cache": False}
     with torch.no_grad():
         expected = tiny_llama(batch, **given)
@@ -29,7 +32,8 @@ def test_under_teacher_forcing_the_residual_stream_is_the_teachers_bit_for_bit(
     assert all(torch.equal(a, b) for a, b in zip(expected.hidden_states, found.hidden_states, strict=True))
     assert torch.equal(expected.logits, found.logits)
     assert not torch.equal(expected.logits, free.logits)
-    assert list(forcing.errors) == [0, 2]
+    assert list(forcing.errors) == [index for index in range(3) if index not in kept]
+    assert not any(attention.wants_mask for attention in student.attentions())
 
 
 def test_the_errors_are_those_of_the_mixers_own_outputs(student, tiny_llama, batch):
