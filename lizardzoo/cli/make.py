@@ -24,6 +24,7 @@ from lizardzoo.cli.models import (
 )
 from lizardzoo.distill import distill as run_distill
 from lizardzoo.distill import recipe_from
+from lizardzoo.distill.processes import is_first
 from lizardzoo.errors import LizardzooError
 from lizardzoo.evaluate.text import read_text
 from lizardzoo.linearize import find_adapter
@@ -150,6 +151,10 @@ def distill(
     checkpoint_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between checkpoints; by default a tenth of a stage.")
     ] = None,
+    shard: Annotated[
+        bool,
+        typer.Option("--shard", help="Share the frozen weights out among the processes (FSDP2); see below."),
+    ] = False,
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
     """Train a student on its teacher: each layer by itself (transfer), then the whole (finetune).
@@ -161,6 +166,13 @@ def distill(
     --out then holds the models transfer/ and final/, log.jsonl, loss.png and
     layer_error.png. While a stage runs it also holds checkpoints: after an
     interruption the same command with --resume goes on from the last one.
+
+    On several GPUs, each of which takes its part of every batch; --shard where
+    the frozen weights do not fit on one:
+
+    \b
+      torchrun --nproc-per-node 2 -m lizardzoo.cli distill student \\
+          --data a.txt --out runs/first --shard
     """
     if not resume:
         refuse_used_folder(folder)
@@ -181,7 +193,10 @@ def distill(
         gradient_checkpointing=gradient_checkpointing,
         micro_batch_size=micro_batch_size,
         checkpoint_every=checkpoint_every,
+        shard=shard,
     )
+    if not is_first():  # all have taken part; one speaks
+        return
     for name in ("transfer", "final", "log.jsonl", "loss.png", "layer_error.png"):
         if (folder / name).exists():
             out.print(f"wrote {escape(str(folder / name))}", soft_wrap=True, highlight=False)

@@ -41,6 +41,7 @@ def distill(
     gradient_checkpointing: bool = False,
     micro_batch_size: int | None = None,
     checkpoint_every: int | None = None,
+    shard: bool = False,
 ) -> Any:
     """Train a linearized model to do what its teacher does, in place.
 
@@ -61,12 +62,20 @@ def distill(
             given as it was at the start; another recipe, data, model or teacher is refused.
         stages: "transfer", "finetune" or both.
         progress: show progress bars.
-        gradient_checkpointing: recompute activations in the backward pass: less memory, a third more time.
+        gradient_checkpointing: recompute stage 2's activations in the backward pass: less memory, a third more
+            time. Stage 1 holds the activations of one layer at a time as it is.
         micro_batch_size: sequences per forward pass, where a recipe's batch does not fit in memory.
         checkpoint_every: steps between checkpoints; a tenth of the stage unless given.
+        shard: each process keeps its part of the frozen weights on its device (FSDP2) and gathers a layer while
+            it computes, instead of keeping all of them; for several processes, and models given on the CPU.
+
+    Started by torchrun or accelerate launch, every process calls it with the same arguments and takes its part of
+    each batch. The losses are those of one process with the same `micro_batch_size`, up to rounding, and a run may
+    be resumed with another number of processes. The first process writes.
 
     Returns:
-        The model that was given, trained, LoRA merged into its projections; mixers stay fp32.
+        The model that was given, trained, LoRA merged into its projections; mixers stay fp32. On the CPU with
+        `shard`, else where it was trained.
 
     Raises:
         LizardzooError: wrong input, before anything is written; its subclass `NonFiniteError` when a loss or
@@ -87,4 +96,5 @@ def distill(
         gradient_checkpointing=gradient_checkpointing,
         micro_batch_size=micro_batch_size,
         checkpoint_every=checkpoint_every,
+        shard=shard,
     )

@@ -7,7 +7,8 @@ once. Without a teacher the student's own base is the teacher: its softmax atten
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lizardzoo.adapters.base import is_new_parameter, softmax_mode
+from lizardzoo.distill.processes import any_process, sharded
 from lizardzoo.distill.recipe import Finetune
 from lizardzoo.distill.trainer import (
     StageTrainer,
@@ -157,8 +159,10 @@ class FinetuneTrainer(StageTrainer):
             ce_weight=self.stage.ce_weight,
             kl_weight=self.stage.kl_weight,
         )
-        if not loss.isfinite():
-            self.stop(self.first_bad_layer(inputs))
+        bad = not loss.isfinite()
+        if any_process(bad, self.args.device):  # all of them look: sharded, a forward pass takes them all
+            where = self.first_bad_layer(inputs)
+            self.stop_if_any(where if bad else None)
         self.measure(cross_entropy=cross_entropy.item(), **({} if teacher is None else {"kl": kl.item()}))
         return (loss, {"hidden_states": hidden}) if return_outputs else loss
 
@@ -210,6 +214,7 @@ def finetune(
     *,
     teacher: Any = None,
     gradient_checkpointing: bool = False,
+    shard: bool = False,
 ) -> None:
     """Train in place and merge LoRA; goes on from the last checkpoint in `arguments.output_dir`, if any.
 
@@ -224,8 +229,6 @@ def finetune(
         target_modules=list(stage.lora_targets),
         exclude_modules=r".*\.self_attn\.mixer\..*",  # mixers train whole
     )
-    if teacher is not None:
-        teacher = teacher.to(arguments.device).eval()
     torch.manual_seed(arguments.seed)  # LoRA's start is random
     with training(model, []):
         # Not get_peft_model: its PeftModel meets deprecations of transformers 5.20, and renames parameters.
@@ -233,9 +236,16 @@ def finetune(
         merged = False
         try:
             names = [name for name, p in model.named_parameters() if p.requires_grad or is_new_parameter(name)]
-            with training(model, names), activation_checkpointing(model, gradient_checkpointing):
-                trainer = FinetuneTrainer(model, stage, arguments, train_dataset=dataset, callbacks=[log])
-                trainer.lora, trainer.teacher = lora, teacher
+            with (
+                training(model, names),
+                _placed(lora, arguments.device, shard) as working,
+                _as_reference(teacher, arguments.device, shard) as reference,
+                activation_checkpointing(working.model, gradient_checkpointing),
+            ):
+                trainer = FinetuneTrainer(
+                    working.model, stage, arguments, train_dataset=dataset, callbacks=[log], shard=shard
+                )
+                trainer.lora, trainer.teacher = working, reference
                 checkpoint = last_checkpoint(Path(arguments.output_dir))
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
             lora.merge_and_unload()
@@ -244,6 +254,21 @@ def finetune(
             log.close()
             if not merged:
                 lora.unload()
+
+
+@contextmanager
+def _as_reference(teacher: Any, device: torch.device, shard: bool) -> Iterator[Any]:
+    """A teacher (or None) on the device, frozen."""
+    if teacher is None:
+        yield None
+        return
+    with training(teacher.eval(), []), _placed(teacher, device, shard) as placed:
+        yield placed
+
+
+def _placed(model: nn.Module, device: torch.device, shard: bool) -> AbstractContextManager[Any]:
+    """A model where it is to compute: whole, or shared out among the processes."""
+    return sharded(model, device) if shard else nullcontext(model.to(device))
 
 
 def check_targets(model: Any, stage: Finetune) -> None:

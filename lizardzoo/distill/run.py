@@ -15,6 +15,7 @@ from torch import nn
 
 from lizardzoo.adapters.base import is_new_parameter
 from lizardzoo.distill.data import fingerprint, load_data
+from lizardzoo.distill.processes import check_shard, start
 from lizardzoo.distill.recipe import Recipe
 from lizardzoo.errors import LizardzooError
 
@@ -40,21 +41,25 @@ def run(
     gradient_checkpointing: bool,
     micro_batch_size: int | None,
     checkpoint_every: int | None,
+    shard: bool,
 ) -> Any:
     """See `lizardzoo.distill`."""
     _check_packages()
     stages = _check_stages(stages)
     _check_student(model, stages)
+    if shard:
+        check_shard(model)
     _check_folder(folder, resume)
-    from accelerate import PartialState
-
     from lizardzoo.distill.finetune import check_targets
     from lizardzoo.distill.plots import plot
     from lizardzoo.distill.trainer import StepLog, training_arguments
 
+    processes = start()
     if "finetune" in stages:
         check_targets(model, recipe.finetune)
         teacher = _load_teacher(teacher, model)
+        if shard and teacher is not None:
+            check_shard(teacher)
     datasets = _load(data, tokenizer, recipe, stages)
     arguments = {
         name: training_arguments(
@@ -68,10 +73,10 @@ def run(
         for name in stages
     }
     finished = _finished(folder, stages)
-    processes = PartialState()
+    manifest = _checked_manifest(folder, _manifest(model, recipe, datasets, teacher))
     processes.wait_for_everyone()  # all have looked into the folder
     if processes.is_main_process:
-        _write_manifest(folder, _manifest(model, recipe, datasets, teacher))
+        _write_manifest(folder, manifest)
     processes.wait_for_everyone()
 
     with _bars(progress):
@@ -81,23 +86,24 @@ def run(
             if name in finished:
                 continue
             log = StepLog(name, folder / "log.jsonl", progress)
-            common = {"gradient_checkpointing": gradient_checkpointing}
             data, given = datasets[name], arguments[name]
             try:
                 if name == "transfer":
                     from lizardzoo.distill.transfer import transfer
 
-                    transfer(model, recipe.transfer, data, given, log, **common)
+                    transfer(model, recipe.transfer, data, given, log, shard=shard)
                 else:
                     from lizardzoo.distill.finetune import finetune
 
-                    finetune(model, recipe.finetune, data, given, log, teacher=teacher, **common)
+                    checkpointing = {"gradient_checkpointing": gradient_checkpointing}
+                    finetune(model, recipe.finetune, data, given, log, teacher=teacher, shard=shard, **checkpointing)
             finally:
                 if processes.is_main_process:
                     plot(folder)
             if processes.is_main_process:
                 _save(model, tokenizer, folder / FOLDERS[name])
                 _remove_checkpoints(Path(given.output_dir))
+            processes.wait_for_everyone()
     return model
 
 
@@ -225,7 +231,8 @@ def _weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+def _checked_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """What is to be written; raises where the folder's is another run's."""
     path = folder / MANIFEST
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
@@ -237,6 +244,11 @@ def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
                 f"{' ...' if differing[4:] else ''}; resume with what {path} says, or choose a new output_dir"
             )
         manifest["data"] = before["data"] | manifest["data"]
+    return manifest
+
+
+def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    path = folder / MANIFEST
     folder.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")

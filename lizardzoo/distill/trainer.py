@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,11 +14,13 @@ from typing import Any, TypeAlias
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import RandomSampler
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
 from lizardzoo.adapters.base import is_new_parameter
+from lizardzoo.distill import processes
 from lizardzoo.distill.recipe import Finetune, Stage
 from lizardzoo.errors import LizardzooError
 
@@ -42,7 +43,10 @@ class StageTrainer(Trainer):
 
     loss_is_scaled_for_ga = False  # the losses are means over the batch (transformers 5.19 and later)
 
-    def __init__(self, model: Any, stage: Stage, arguments: TrainingArguments, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, stage: Stage, arguments: TrainingArguments, *, shard: bool = False, **kwargs: Any
+    ) -> None:
+        self.shard = shard  # the model is a `processes.sharded` one
         super().__init__(model=model, args=arguments, **kwargs)
         self.remove_callback(PrinterCallback)
         self.model_accepts_loss_kwargs = False  # the same for transformers before that
@@ -57,13 +61,23 @@ class StageTrainer(Trainer):
         return self.optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward; a gradient that is not finite raises before it is clipped or used."""
+        """Forward and backward; a gradient that is not finite raises before it is clipped or used.
+
+        Looked at when all micro batches are in it: it then is the mean over the processes, and the same in all.
+        """
         loss = super().training_step(model, inputs, num_items_in_batch)
+        if not self.accelerator.sync_gradients:
+            return loss
         gradients = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
         if not torch.nn.utils.get_total_norm(gradients.values()).isfinite():
             bad = next((n for n, g in gradients.items() if not g.isfinite().all()), "all together")
             self.stop(f"the gradient of {bad} is not finite")
         return loss
+
+    def stop_if_any(self, problem: str | None) -> None:
+        """Stop in all processes if one has a problem: the others would wait for it without end."""
+        if processes.any_process(problem is not None, self.args.device):
+            self.stop(processes.first_text(problem) or "")
 
     def stop(self, what: str) -> None:
         """Raise, naming the step and the checkpoint to go on from."""
@@ -84,10 +98,28 @@ class StageTrainer(Trainer):
         self.measured.append(values)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """One entry per step; no summary at the end (it is not exact after a resume)."""
+        """One entry per step, the mean over the processes; no summary at the end (not exact after a resume)."""
         measured, self.measured = self.measured, []
         if "loss" in logs:
-            super().log({**logs, **_mean(measured)}, start_time)
+            super().log({**logs, **processes.means(_mean(measured), self.args.device)}, start_time)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> RandomSampler:
+        """Every epoch's order, without the sequences that fill no whole batch.
+
+        Micro batches and processes would each drop others: an epoch would not be the same on another machine.
+        """
+        whole = len(self.train_dataset) // self.stage.batch_size * self.stage.batch_size
+        return RandomSampler(self.train_dataset, num_samples=whole)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not self.shard:  # that one is there
+            super()._move_model_to_device(model, device)
+
+    def _wrap_model(self, model: nn.Module, training: bool = True, dataloader: Any = None) -> nn.Module:
+        """accelerate wraps a model that is whole; a sharded one it would refuse."""
+        if self.shard and training:
+            return processes.data_parallel(model, self.args.device)
+        return super()._wrap_model(model, training, dataloader)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """A checkpoint holds only the parameters that train: the rest is in the model it started from."""
@@ -168,7 +200,7 @@ def training_arguments(
     """The stage's numbers in transformers' words."""
     if checkpoint_every is not None and checkpoint_every < 1:
         raise LizardzooError(f"checkpoint_every={checkpoint_every}: expected a number of steps above 0, or None")
-    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    devices = processes.launched()
     micro = micro_batch_size or stage.batch_size // devices
     if micro < 1 or stage.batch_size % (micro * devices):
         raise LizardzooError(
@@ -200,6 +232,7 @@ def training_arguments(
         dataloader_pin_memory=torch.cuda.is_available(),
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,  # the losses come from hooks: DDP would find nothing used
+        use_cpu=devices > 1 and not torch.accelerator.is_available(),  # else each process would train alone
         report_to=[],
         disable_tqdm=True,
     )

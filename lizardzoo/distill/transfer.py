@@ -2,13 +2,14 @@
 
 No second model is needed: the projections are the teacher's, so the student runs its softmax, and a hook on each
 attention runs the mixer beside it and measures its error. Every layer therefore sees exactly what it sees in the
-teacher, and no error is passed from layer to layer.
+teacher, and no error is passed from layer to layer. So each layer's gradient can be taken while the layer computes, and
+its activations go before the next layer's come: memory is that of one layer, whatever the depth.
 """
 
 from __future__ import annotations
 
 import math
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +17,35 @@ import torch
 from torch import Tensor, nn
 
 from lizardzoo.adapters.base import is_new_parameter, softmax_mode
+from lizardzoo.distill.processes import sharded
 from lizardzoo.distill.recipe import Stage
-from lizardzoo.distill.trainer import (
-    StageTrainer,
-    StepLog,
-    activation_checkpointing,
-    last_checkpoint,
-    training,
-)
+from lizardzoo.distill.trainer import StageTrainer, StepLog, last_checkpoint, training
+
+
+class KeptGradients(torch.autograd.Function):
+    """An error whose gradients by the parameters are known already: [] -> []."""
+
+    @staticmethod
+    def forward(ctx: Any, error: Tensor, gradients: tuple[Tensor | None, ...], *parameters: Tensor) -> Tensor:
+        """The error itself."""
+        ctx.gradients = gradients
+        return error.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        """The kept gradients, scaled."""
+        return None, None, *(None if g is None else grad * g for g in ctx.gradients)
 
 
 class TeacherForcing:
-    """Inside, a forward pass of the student is the teacher's; `errors` gets each mixer's error by layer."""
+    """Inside, a forward pass of the student is the teacher's; `errors` gets each mixer's error by layer.
+
+    An error's graph holds its gradients by the mixer's parameters, and no activations.
+    """
 
     def __init__(self, model: Any) -> None:
         self.model = model
         self.errors: dict[int, Tensor] = {}
-        self.recording = True
 
     def __enter__(self) -> TeacherForcing:
         self._stack = ExitStack()
@@ -49,8 +62,11 @@ class TeacherForcing:
         target = output[0].detach()
         found, _ = attention.mixer_forward(*args, **kwargs)
         error = layer_error(found, target, kwargs.get("token_mask"))
-        if self.recording:  # not when a checkpointed layer is computed again: that would keep its graph alive
-            self.errors[attention.layer_idx] = error
+        if error.requires_grad:
+            learns = [parameter for parameter in attention.mixer.parameters() if parameter.requires_grad]
+            gradients = torch.autograd.grad(error, learns, allow_unused=True)
+            error = KeptGradients.apply(error.detach(), gradients, *learns)
+        self.errors[attention.layer_idx] = error
         return target, output[1]
 
 
@@ -80,14 +96,12 @@ class TransferTrainer(StageTrainer):
     ) -> Any:
         """The loss of one batch; names the layers whose error is not finite."""
         self.eval_attention()
-        self.forcing.recording = True
         outputs = model(**inputs, use_cache=False, logits_to_keep=1)
-        self.forcing.recording = False
         errors, self.forcing.errors = self.forcing.errors, {}
         stacked = torch.stack(list(errors.values()))
         values = {str(layer): error for layer, error in zip(errors, stacked.tolist())}
-        if bad := [layer for layer, error in values.items() if not math.isfinite(error)]:
-            self.stop(f"the error of layer {', '.join(bad)} is not finite")
+        bad = [layer for layer, error in values.items() if not math.isfinite(error)]
+        self.stop_if_any(f"the error of layer {', '.join(bad)} is not finite" if bad else None)
         self.measure(layer_error=values)
         loss = stacked.mean()
         return (loss, outputs) if return_outputs else loss
@@ -100,16 +114,16 @@ def transfer(
     arguments: Any,
     log: StepLog,
     *,
-    gradient_checkpointing: bool = False,
+    shard: bool = False,
 ) -> None:
     """Train the mixers in place; goes on from the last checkpoint in `arguments.output_dir`, if any."""
     names = [name for name, _ in model.named_parameters() if is_new_parameter(name)]
     with (
         training(model, names),
-        activation_checkpointing(model, gradient_checkpointing),
-        TeacherForcing(model) as forcing,
+        sharded(model, arguments.device) if shard else nullcontext(model) as working,
+        TeacherForcing(working) as forcing,
     ):
-        trainer = TransferTrainer(model, stage, arguments, train_dataset=dataset, callbacks=[log])
+        trainer = TransferTrainer(working, stage, arguments, train_dataset=dataset, callbacks=[log], shard=shard)
         trainer.forcing = forcing
         checkpoint = last_checkpoint(Path(arguments.output_dir))
         try:

@@ -14,7 +14,7 @@ from lizardzoo.distill import Finetune, Recipe, Stage, distill
 LENGTH = 48
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def layers():
     """Layer 1 keeps its softmax."""
     hybrid = dataclasses.replace(PRESETS.get("recommended"), window=8)
@@ -28,7 +28,7 @@ def student(tiny_llama, layers):
     return lz.linearize(tiny_llama, layers)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def texts():
     """Sixty short documents of random words: always the same."""
     generator = torch.Generator().manual_seed(0)
@@ -44,7 +44,7 @@ def batch(texts, tiny_tokenizer):
     return ids[: 4 * LENGTH].view(4, LENGTH)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def recipe():
     """Ten steps and six steps of 4 x 48 tokens, at rates that show in so few."""
     fast = {"scalar_rate": 0.05, "projection_rate": 0.05, "feature_map_rate": 0.05}

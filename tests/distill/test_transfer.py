@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import weakref
 
 import pytest
 import torch
@@ -94,18 +95,52 @@ def test_stage_1_lowers_every_layers_error_and_moves_new_parameters_only(train, 
     assert not any(attention._forward_hooks for attention in student.attentions())
 
 
-def test_gradient_checkpointing_changes_no_loss(train, tiny_llama, layers, tmp_path):
-    train(stages=["transfer"])
-    other = lz.linearize(tiny_llama, layers)
-    calls = []
-    other.mixers()[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    train(other, stages=["transfer"], output_dir=tmp_path / "other", gradient_checkpointing=True)
-    assert len(calls) == 20  # forward, and again in backward
-    expected, found = (
-        [entry["loss"] for entry in train.log("transfer", folder)] for folder in (train.folder, tmp_path / "other")
-    )
-    assert found == pytest.approx(expected, rel=1e-6)
-    assert not any(getattr(module, "gradient_checkpointing", False) for module in other.modules())
+def test_the_gradients_are_those_of_all_errors_together(student, tiny_llama, batch):
+    learns = {name: p for name, p in student.named_parameters() if is_new_parameter(name)}
+    seen = []
+    handles = [
+        attention.register_forward_hook(lambda *call: seen.append(call), with_kwargs=True)
+        for attention in tiny_llama.model.layers.modules()
+        if hasattr(attention, "q_proj")
+    ]
+    with torch.no_grad():
+        tiny_llama(batch, use_cache=False)
+    [handle.remove() for handle in handles]
+    errors = []
+    for layer, (_, args, kwargs, (target, _)) in enumerate(seen):
+        if student.attentions()[layer].mixer is not None:
+            errors.append(layer_error(student.attentions()[layer](*args, **kwargs)[0], target))
+    expected = torch.autograd.grad(torch.stack(errors).mean(), list(learns.values()))
+    with training(student, learns), TeacherForcing(student) as forcing:
+        student(batch, use_cache=False)
+        torch.stack(list(forcing.errors.values())).mean().backward()
+        for (name, parameter), gradient in zip(learns.items(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-8, msg=name)
+
+
+def test_stage_1_holds_the_activations_of_one_layer_at_a_time(student, batch):
+    class Saved:
+        """A tensor that a graph keeps."""
+
+        def __init__(self, tensor):
+            self.tensor = tensor.detach()  # an output that its own node keeps would never go
+            kept.add(self)
+
+    kept, before, after = weakref.WeakSet(), [], []
+    for mixer in student.mixers().values():
+        mixer.register_forward_pre_hook(lambda *_: before.append(len(kept)))
+        mixer.register_forward_hook(lambda *_: after.append(len(kept)))
+    names = [name for name, _ in student.named_parameters() if is_new_parameter(name)]
+    with (
+        training(student, names),
+        TeacherForcing(student) as forcing,
+        torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor),
+    ):
+        student(batch, use_cache=False)
+        assert before == [0, 0]
+        assert min(after) > 0
+        assert len(kept) == 0
+        assert all(error.requires_grad for error in forcing.errors.values())
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

@@ -79,7 +79,7 @@ def compute(x: Tensor, weights: list[Tensor], biases: list[Tensor], sigmoids: in
         launch(kernels.few_rows_kernel, grid, form, pointers, numbers, {**sizes, **tile}, num_warps=8)
     else:
         constants = {**sizes, "OPERAND": operand, **tile}
-        grid = (-(-count // tile["BM"]),)
+        grid = -(-count // tile["BM"]), 1
         launch(kernels.forward_kernel, grid, form, pointers, numbers, constants, num_warps=4, num_stages=1)
     return found
 
