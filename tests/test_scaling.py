@@ -24,7 +24,22 @@ def scaling(monkeypatch):
 
 
 def test_one_process_and_two_with_shared_weights_learn_the_same(scaling, tmp_path):
-    arguments = ["--processes", "2", "--size", "tiny", "--tokens", "192", "--batch", "2", "--micro", "1", "--steps", "3", "--skip", "1"]
+    arguments = [
+        "--processes",
+        "2",
+        "--size",
+        "tiny",
+        "--tokens",
+        "192",
+        "--batch",
+        "2",
+        "--micro",
+        "1",
+        "--steps",
+        "3",
+        "--skip",
+        "1",
+    ]
     scaling.work(scaling.parse([*arguments, "--worker", "one", "--out", str(tmp_path / "one.json")]))
     one = json.loads((tmp_path / "one.json").read_text())
     sharded = scaling.launch(scaling.parse(arguments), "sharded")
