@@ -13,6 +13,7 @@ from lizardzoo.errors import LizardzooError
 from lizardzoo.linearize import from_pretrained, linearize
 from lizardzoo.mixers import GatedLinear, Hybrid, Softmax, Window
 from lizardzoo.selection import select_layers, select_windows
+from lizardzoo.streaming import linearize_checkpoint
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "evaluate",
     "from_pretrained",
     "linearize",
+    "linearize_checkpoint",
     "register_mixer",
     "register_preset",
     "select_layers",

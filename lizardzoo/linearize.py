@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
+from transformers.utils import logging
 
 from lizardzoo.adapters import ADAPTERS, is_new_parameter, softmax_mode
 from lizardzoo.config import SpecLike, resolve_layers
@@ -81,7 +82,7 @@ def linearize(
     if isinstance(calibrate, str):
         calibrate = _tokenize(calibrate, tokenizer, source)
 
-    config = _convert_config(model.config, adapter, [spec.to_dict() for spec in specs])
+    config = convert_config(model.config, adapter, [spec.to_dict() for spec in specs])
     with no_init_weights():  # mixers have their start values; all else is copied
         student = adapter._from_config(config, dtype=dtype or model.dtype).to(model.device)
     student.tie_weights()
@@ -202,7 +203,7 @@ def calibrate_mixers(student: Any, token_ids: Tensor) -> None:
             handle.remove()
 
 
-def _convert_config(teacher: PreTrainedConfig, adapter: Any, layers: list[dict[str, Any]]) -> Any:
+def convert_config(teacher: PreTrainedConfig, adapter: Any, layers: list[dict[str, Any]]) -> Any:
     """The linearized config. Explicit: a plain `from_pretrained` of the other class would keep the wrong model_type."""
     fields = teacher.to_dict()
     for name in ("model_type", "architectures", "layer_types", "transformers_version", "quantization_config"):
@@ -234,6 +235,19 @@ def _copy_weights(teacher: nn.Module, student: nn.Module) -> ConversionReport:
         for name in report.kept:
             target[name].copy_(source[name])
     return report
+
+
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[None]:
+    """Without `shown`, transformers' own progress bars (for loading and saving) stay away."""
+    before = logging.is_progress_bar_enabled()
+    if before and not shown:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before and not shown:
+            logging.enable_progress_bar()
 
 
 def _tokenize(text: str, tokenizer: Any, source: str | None) -> Tensor:

@@ -130,6 +130,40 @@ def test_linearize_does_without_a_tokenizer(tiny_llama, text_file, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_linearize_goes_on_with_what_a_stopped_one_left(tiny_folder, tmp_path):
+    def stop(done, total):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    size = ("--max-shard-size", "100KB")
+    succeed("linearize", tiny_folder, *size, "--out", tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        lz.linearize_checkpoint(tiny_folder, tmp_path / "student", max_shard_size="100KB", progress=stop)
+    code, _, err = lizardzoo("linearize", tiny_folder, *size, "--out", tmp_path / "student")
+    assert code == 0
+    assert f"going on with {tmp_path / 'student'}.unfinished" in err
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert len([name for name in files if name.endswith(".safetensors")]) > 2
+    left = {path.name: path.read_bytes() for path in (tmp_path / "student").iterdir()}
+    assert {name: left[name] for name in left if "token" not in name} == {
+        n: files[n] for n in files if "token" not in n
+    }
+    assert "'5 apples' is not a size" in fail("linearize", tiny_folder, "--max-shard-size", "5 apples", "--out", "new")
+
+
+def test_a_dry_run_shows_the_plan_and_reads_no_weights(tiny_folder, tmp_path):
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tiny_folder / "config.json", tmp_path / "bare")
+    out = succeed("linearize", tmp_path / "bare", "--softmax", "1", "--dry-run")
+    student = lz.linearize(tiny_folder, ["recommended", "softmax", "recommended"])
+    new = sum(p.numel() for n, p in student.named_parameters() if ".mixer." in n)
+    wanted = (f"{new:,}", "recommended", "softmax", "8,192", "32,768", "131,072", "transfer", "finetune, checkpointed")
+    for text in (*wanted, human_bytes(state_bytes(student)), human_bytes(kv_bytes(student, 32768))):
+        assert text in out
+    assert left_behind(tmp_path) == ["bare"]
+    assert "unknown preset" in fail("linearize", tmp_path / "bare", "--layers", "lizzard", "--dry-run")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -21,7 +21,7 @@ MAX_LINES = 500
 GROUND = {"errors", "registry", "config"}
 MIXERS = GROUND | {"kernels", "mixers"}
 ADAPTERS = MIXERS | {"cache", "adapters"}
-VERBS = {"linearize", "distill", "evaluate", "diagnose", "selection", "hub"}
+VERBS = {"linearize", "streaming", "distill", "evaluate", "diagnose", "selection", "hub"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
@@ -31,6 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "cache": MIXERS,
     "adapters": ADAPTERS,
     "linearize": ADAPTERS,
+    "streaming": ADAPTERS | {"linearize"},
     "distill": ADAPTERS | {"linearize"},
     "evaluate": ADAPTERS | {"linearize"},
     "diagnose": ADAPTERS | {"linearize", "evaluate"},
@@ -65,7 +66,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "triton": {"kernels"},  # and there in <op>/triton*.py only
     "transformers": TRANSFORMERS,
     "huggingface_hub": TRANSFORMERS,
-    "safetensors": {"linearize", "distill", "hub"},
+    "safetensors": {"linearize", "streaming", "distill", "hub"},
     "tokenizers": {"smollm2"},
     "gguf": {"smollm2"},
     "filelock": {"smollm2"},

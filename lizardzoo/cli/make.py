@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from lizardzoo.cli.base import app, err, new_folder, out, refuse_used_folder
+from lizardzoo.cli.base import app, err, new_folder, out, progress_bar, refuse_used_folder
 from lizardzoo.cli.models import (
     Dtype,
     DtypeOption,
@@ -22,6 +22,7 @@ from lizardzoo.cli.models import (
     loading,
     read_layers,
 )
+from lizardzoo.cli.plan import print_plan
 from lizardzoo.distill import distill as run_distill
 from lizardzoo.distill import recipe_from
 from lizardzoo.distill.processes import is_first
@@ -29,6 +30,7 @@ from lizardzoo.errors import LizardzooError
 from lizardzoo.evaluate.text import read_text
 from lizardzoo.linearize import find_adapter
 from lizardzoo.linearize import linearize as convert
+from lizardzoo.streaming import ONE_FILE, check_shard_size, find_checkpoint, linearize_checkpoint, unfinished
 
 CALIBRATION_CHARACTERS = 1 << 18  # far more than the tokens that calibration looks at
 
@@ -43,7 +45,9 @@ class StageName(str, Enum):
 @app.command()
 def linearize(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The teacher: a folder or a Hub id.")],
-    folder: Annotated[Path, typer.Option("--out", "-o", help="New folder for the student.")],
+    folder: Annotated[
+        Path | None, typer.Option("--out", "-o", help="New folder for the student; not needed for --dry-run.")
+    ] = None,
     layers: Annotated[
         str,
         typer.Option(
@@ -66,8 +70,19 @@ def linearize(
         ),
     ] = None,
     dtype: DtypeOption = Dtype.auto,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Largest weight file, as 5GB; by default the teacher's largest."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Write nothing; show the layers, sizes, and memory to run and to train.")
+    ] = False,
 ) -> None:
     """Replace a teacher's attention, layer by layer; the student still has to be distilled.
+
+    Memory is that of one weight file: they are converted one by one. Stopped, it
+    leaves OUT.unfinished, and the same command goes on with that. (--calibrate
+    has to run the teacher, so it takes all of it into memory, and GGUF does.)
 
     \b
       lizardzoo linearize HuggingFaceTB/SmolLM2-135M-Instruct --out student
@@ -84,20 +99,48 @@ def linearize(
     \b
       \\[{"type": "hybrid", "window": 128}, "softmax", "recommended", ...]
     """
-    with new_folder(folder) as made:
-        config = load_config(model)
-        find_adapter(config)
-        specs = read_layers(layers, softmax, config.num_hidden_layers)
-        text = None if calibrate is None else read_text(calibrate)[:CALIBRATION_CHARACTERS]
-        tokenizer = _tokenizer_or_note(model, needed=text is not None)
-        with loading(model):
-            student = convert(model, specs, calibrate=text, tokenizer=tokenizer, dtype=dtype.torch())
-        student.save_pretrained(made)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(made)
+    if folder is None and not dry_run:
+        raise typer.BadParameter("name a new folder for the student (or pass --dry-run)", param_hint="--out")
+    if folder is not None:
+        refuse_used_folder(folder)
+    config = load_config(model)
+    find_adapter(config)
+    specs = read_layers(layers, softmax, config.num_hidden_layers)
+    if folder is None or dry_run:
+        print_plan(model, config, specs, dtype.torch(), recipe_from("recommended"))
+        return
+    if max_shard_size is not None:
+        check_shard_size(max_shard_size)
+    text = None if calibrate is None else read_text(calibrate)[:CALIBRATION_CHARACTERS]
+    tokenizer = _tokenizer_or_note(model, needed=text is not None)
+    with loading(model):
+        streams = text is None and find_checkpoint(model) is not None
+    if streams:
+        if unfinished(folder).is_dir():
+            err.print(f"going on with {unfinished(folder)}", soft_wrap=True, markup=False, highlight=False)
+        with progress_bar("files", 1) as progress:
+            report = linearize_checkpoint(
+                model,
+                folder,
+                specs,
+                dtype=dtype.torch(),
+                max_shard_size=max_shard_size,
+                tokenizer=tokenizer,
+                progress=progress,
+            )
+    else:
+        with new_folder(folder) as made:
+            with loading(model):
+                student = convert(model, specs, calibrate=text, tokenizer=tokenizer, dtype=dtype.torch())
+            student.save_pretrained(made, max_shard_size=max_shard_size or ONE_FILE)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(made)
+            report = student.conversion_report
     for index, mixer in layer_map(specs):
         out.print(f"{index:>7}  {escape(mixer)}", highlight=False)
-    out.print(str(student.conversion_report))
+    out.print(str(report))
+    if report.dropped:
+        out.print(f"dropped: {escape(', '.join(report.dropped))}", highlight=False)
     out.print(f"saved to {escape(str(folder))}", soft_wrap=True, highlight=False)
 
 

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import types
 import typing
+from collections.abc import Sequence
 from enum import Enum
 from typing import Annotated, Any
 
@@ -54,7 +55,8 @@ def list_(what: Annotated[Kind | None, typer.Argument(help="Show only these.")] 
             out.print(table())
 
 
-def _table(title: str, *columns: str) -> Table:
+def make_table(title: str, *columns: str) -> Table:
+    """An empty table in the house's style."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -62,7 +64,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _presets() -> Table:
-    table = _table("presets: names for --layers", "preset", "mixer", "what differs from the mixer's defaults")
+    table = make_table("presets: names for --layers", "preset", "mixer", "what differs from the mixer's defaults")
     for name in PRESETS:
         spec = PRESETS.get(name)
         table.add_row(name, spec.type_name, escape(", ".join(_changed_fields(spec))))
@@ -75,7 +77,7 @@ def _changed_fields(spec: MixerSpec) -> list[str]:
 
 
 def _mixers() -> Table:
-    table = _table(
+    table = make_table(
         "mixers: the types of a layers file, and their fields' defaults",
         "mixer",
         "field",
@@ -104,14 +106,14 @@ def _values(hint: Any) -> str:
 
 
 def _architectures() -> Table:
-    table = _table("architectures: model types that can be linearized", "teacher", "linearized")
+    table = make_table("architectures: model types that can be linearized", "teacher", "linearized")
     for name in ADAPTERS:
         table.add_row(name, ADAPTERS.get(name).__name__)
     return table
 
 
 def _recipes() -> Table:
-    table = _table("recipes: names for --recipe", "recipe", "stage", "length", "sequences", "loss")
+    table = make_table("recipes: names for --recipe", "recipe", "stage", "length", "sequences", "loss")
     for name, recipe in sorted(RECIPES.items()):
         for label, stage in (("transfer", recipe.transfer), ("finetune", recipe.finetune)):
             amount = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs:g} epochs"
@@ -150,13 +152,13 @@ def info(
         highlight=False,
     )
     out.print(_adapter(config, empty), soft_wrap=True, highlight=False)
-    layers = _table("layers", "layer", "mixer")
+    layers = make_table("layers", "layer", "mixer")
     for index, text in layer_map(specs):
         layers.add_row(index, escape(text))
     out.print(layers)
     out.print(_kernels(empty, specs))
-    out.print(_parameters(empty))
-    out.print(_memory(empty))
+    out.print(parameter_table(empty))
+    out.print(memory_table(empty))
 
 
 def _adapter(config: Any, model: Any) -> str:
@@ -177,29 +179,33 @@ def _kernels(model: Any, specs: list[MixerSpec]) -> Table:
             rows = [(op, Impl.REFERENCE.value, auto_on_cuda(op, sizes)) for op, sizes in kernels.items()]
         for row in rows or [("(the mixer does not say)", "", "")]:
             layers.setdefault(row, []).append(index)
-    table = _table("kernels", "kernel", "layers", "on a CPU", "on CUDA")
+    table = make_table("kernels", "kernel", "layers", "on a CPU", "on CUDA")
     for (op, cpu, cuda), indices in layers.items():
         table.add_row(op, runs(indices), cpu, cuda)
     return table
 
 
-def _parameters(model: Any) -> Table:
-    sizes: dict[bool, list[int]] = {True: [], False: []}
+def parameter_table(model: Any) -> Table:
+    """New and kept ones, by number and size."""
+    parameters: dict[bool, list[Any]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
-        sizes[is_new_parameter(name)].append(parameter.numel())
-    table = _table("parameters", "", "tensors", "numbers")
+        parameters[is_new_parameter(name)].append(parameter)
+    table = make_table("parameters", "", "tensors", "numbers", "bytes")
     for label, new in (("new (mixers, fp32)", True), ("kept (the teacher's)", False)):
-        table.add_row(label, f"{len(sizes[new]):,}", f"{sum(sizes[new]):,}")
+        numbers, size = sum(p.numel() for p in parameters[new]), sum(p.nbytes for p in parameters[new])
+        table.add_row(label, f"{len(parameters[new]):,}", f"{numbers:,}", human_bytes(size))
     return table
 
 
-def _memory(model: Any) -> Table:
+def memory_table(model: Any, lengths: Sequence[int] = LENGTHS) -> Table:
     """States do not grow with the length; the cache of kept softmax layers, and of the teacher, does."""
-    table = _table("memory of one sequence", "tokens", "states", "cache of softmax layers", "all", "teacher's cache")
+    table = make_table(
+        "memory of one sequence", "tokens", "states", "cache of softmax layers", "all", "teacher's cache"
+    )
     teacher = types.SimpleNamespace(config=copy.deepcopy(model.config), dtype=model.dtype)
     teacher.config.layers = [Softmax().to_dict()] * model.config.num_hidden_layers
     states = state_bytes(model) if mixers_of(model) else 0
-    for length in LENGTHS:
+    for length in lengths:
         cache = kv_bytes(model, length)
         sizes = (states, cache, states + cache, kv_bytes(teacher, length))
         table.add_row(f"{length:,}", *map(human_bytes, sizes))

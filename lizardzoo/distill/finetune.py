@@ -220,19 +220,10 @@ def finetune(
 
     If it stops early, LoRA is taken out again and the base weights are as they were.
     """
-    from peft import LoraConfig, LoraModel
-
     check_targets(model, stage)
-    config = LoraConfig(
-        r=stage.lora_rank,
-        lora_alpha=stage.lora_alpha,
-        target_modules=list(stage.lora_targets),
-        exclude_modules=r".*\.self_attn\.mixer\..*",  # mixers train whole
-    )
     torch.manual_seed(arguments.seed)  # LoRA's start is random
     with training(model, []):
-        # Not get_peft_model: its PeftModel meets deprecations of transformers 5.20, and renames parameters.
-        lora = LoraModel(model, config, "default")
+        lora = with_lora(model, stage)
         merged = False
         try:
             names = [name for name, p in model.named_parameters() if p.requires_grad or is_new_parameter(name)]
@@ -254,6 +245,20 @@ def finetune(
             log.close()
             if not merged:
                 lora.unload()
+
+
+def with_lora(model: Any, stage: Finetune) -> Any:
+    """peft's LoraModel around a model, which now has LoRA in its projections."""
+    from peft import LoraConfig, LoraModel
+
+    config = LoraConfig(
+        r=stage.lora_rank,
+        lora_alpha=stage.lora_alpha,
+        target_modules=list(stage.lora_targets),
+        exclude_modules=r".*\.self_attn\.mixer\..*",  # mixers train whole
+    )
+    # Not get_peft_model: its PeftModel meets deprecations of transformers 5.20, and renames parameters.
+    return LoraModel(model, config, "default")
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from lizardzoo.distill.data import fingerprint, load_data
 from lizardzoo.distill.processes import check_shard, start
 from lizardzoo.distill.recipe import Recipe
 from lizardzoo.errors import LizardzooError
+from lizardzoo.linearize import progress_bars
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,7 +80,7 @@ def run(
         _write_manifest(folder, manifest)
     processes.wait_for_everyone()
 
-    with _bars(progress):
+    with progress_bars(progress):
         if finished:
             _load_weights(model, folder / FOLDERS[finished[-1]])
         for name in stages:
@@ -105,21 +106,6 @@ def run(
                 _remove_checkpoints(Path(given.output_dir))
             processes.wait_for_everyone()
     return model
-
-
-@contextlib.contextmanager
-def _bars(shown: bool) -> Iterator[None]:
-    """Without `shown`, transformers' own progress bars (for loading and saving) stay away."""
-    from transformers.utils import logging
-
-    before = logging.is_progress_bar_enabled()
-    if before and not shown:
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if before and not shown:
-            logging.enable_progress_bar()
 
 
 def _check_packages() -> None:

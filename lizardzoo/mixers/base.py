@@ -159,4 +159,4 @@ class Mixer(nn.Module):
 def start_value(parameter: nn.Parameter, value: Tensor | float) -> None:
     """Give a new parameter its start value, unless transformers has just loaded it from a checkpoint."""
     if not getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta:
-        parameter.copy_(torch.as_tensor(value).to(parameter).expand_as(parameter))
+        parameter.copy_(torch.as_tensor(value, dtype=parameter.dtype, device=parameter.device).expand_as(parameter))

@@ -25,10 +25,11 @@ class HedgehogMap(nn.Module):
     def reset_parameters(self) -> None:
         """The identity; features beyond head_dim start as fixed rotations of it, else they would all stay alike."""
         head_dim, feature_dim = self.query.shape[1:]
-        blocks = [torch.eye(head_dim)]
+        blocks = [torch.eye(head_dim, dtype=torch.float32)]
         generator = torch.Generator().manual_seed(0)
         while head_dim * len(blocks) < feature_dim:
-            blocks.append(torch.linalg.qr(torch.randn(head_dim, head_dim, generator=generator)).Q)
+            turned = torch.randn(head_dim, head_dim, generator=generator, dtype=torch.float32)
+            blocks.append(torch.linalg.qr(turned).Q)
         start = torch.cat(blocks, 1)[:, :feature_dim]
         start_value(self.query, start)
         start_value(self.key, start)
