@@ -92,7 +92,7 @@ def test_the_numbers_are_those_of_the_plain_formulas(student, tiny_llama, text):
                 branches, _ = mixer.branches(inputs, None, False)
                 both = [branches[name].log_mass.exp().double() for name in ("linear", "window")]
                 linear.append((both[0] / (both[0] + both[1]))[0, WINDOW + KEEP :].T)
-                decays.append(mixer.linear.decay(x)[0, WINDOW + KEEP :].double())
+                decays.append(mixer.linear.gates(x)[0][0, WINDOW + KEEP :].double())
         target, output = torch.cat(targets), torch.cat(outputs)
         error = (output - target).square().mean((0, 2)) / target.var((0, 2), correction=0)
         assert layer.error == pytest.approx(error.tolist(), rel=1e-3)

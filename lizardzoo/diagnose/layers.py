@@ -18,7 +18,7 @@ from lizardzoo.evaluate.positions import Progress, check_sequences, in_eval_mode
 from lizardzoo.kernels import window_attention
 from lizardzoo.mixers.base import Mixer, MixerInputs
 from lizardzoo.mixers.branches import WindowFields
-from lizardzoo.mixers.gates import DecayGate
+from lizardzoo.mixers.gates import DecayGate, evaluate
 from lizardzoo.mixers.merge import Branch
 
 
@@ -143,7 +143,9 @@ def _observe(sums: Sums, mixer: Mixer, inputs: MixerInputs, target: Tensor, span
         add(f"share {name}", share)
     for name, module in mixer.named_modules():
         if isinstance(module, DecayGate):
-            add(f"gate {name}", module(inputs.x))
+            (decay,) = evaluate(inputs.x, [module])
+            assert decay is not None
+            add(f"gate {name}", decay)
     if isinstance(mixer.spec, WindowFields):
         near, sink = _masses(mixer, inputs, branches.get("window"), span)
         add("sink", sink)

@@ -32,11 +32,9 @@ class TokenGate(nn.Module):
             start_value(self.weight, 0.0)
         start_value(self.bias, self.start)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, T, heads]."""
-        (value,) = evaluate(x, [self])
-        assert value is not None
-        return value
+    def forward(self) -> tuple[Tensor | None, Tensor]:
+        """W and b; as a call of the module, so that hooks of whoever moves or gathers parameters are asked."""
+        return self.weight, self.bias
 
 
 class DecayGate(TokenGate):
@@ -50,6 +48,10 @@ class DecayGate(TokenGate):
 
 def evaluate(x: Tensor, gates: Sequence[TokenGate | None], impl: Impl | str = Impl.AUTO) -> list[Tensor | None]:
     """[B, T, heads] of each gate that is there, from the layer's input x [B, T, hidden], which is read once for all."""
-    read = [g for g in gates if g is not None and g.weight is not None]
-    values = iter(token_gates(x, [Gate(g.weight, g.bias, g.log_sigmoid) for g in read if g.weight is not None], impl))
-    return [None if g is None else g.bias.expand(*x.shape[:2], -1) if g.weight is None else next(values) for g in gates]
+    found = [None if gate is None else (*gate(), gate.log_sigmoid) for gate in gates]
+    read = [Gate(*parts) for parts in found if parts is not None and parts[0] is not None]
+    values = iter(token_gates(x, read, impl))
+    return [
+        None if parts is None else parts[1].expand(*x.shape[:2], -1) if parts[0] is None else next(values)
+        for parts in found
+    ]
