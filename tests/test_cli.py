@@ -157,7 +157,17 @@ def test_a_dry_run_shows_the_plan_and_reads_no_weights(tiny_folder, tmp_path):
     out = succeed("linearize", tmp_path / "bare", "--softmax", "1", "--dry-run")
     student = lz.linearize(tiny_folder, ["recommended", "softmax", "recommended"])
     new = sum(p.numel() for n, p in student.named_parameters() if ".mixer." in n)
-    wanted = (f"{new:,}", "recommended", "softmax", "8,192", "32,768", "131,072", "transfer", "finetune, checkpointed")
+    wanted = (
+        f"{new:,}",
+        "recommended",
+        "softmax",
+        "8,192",
+        "32,768",
+        "131,072",
+        "transfer",
+        "finetune",
+        "checkpointed",
+    )
     for text in (*wanted, human_bytes(state_bytes(student)), human_bytes(kv_bytes(student, 32768))):
         assert text in out
     assert left_behind(tmp_path) == ["bare"]

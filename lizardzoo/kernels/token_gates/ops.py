@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -14,7 +13,7 @@ from lizardzoo.errors import LizardzooError
 from lizardzoo.kernels.launching import launch, power_of_2, unit_stride
 from lizardzoo.kernels.token_gates import triton as kernels
 
-INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
+INTERPRETED = kernels.INTERPRETED
 MAX_COLUMNS = 128
 """Of the gates of one launch: a tile holds them side by side."""
 FEW = 64

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+INTERPRETED = triton.knobs.runtime.interpret  # TRITON_INTERPRET=1
+
 
 @triton.jit
 def _owners(c, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr):
