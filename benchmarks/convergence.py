@@ -17,19 +17,19 @@ import gzip
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from scaling import TimedLog
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 
 import lizardzoo as lz
 from lizardzoo.distill.recipe import Stage, recipe_from
-from lizardzoo.distill.trainer import StepLog, read_log, training_arguments
+from lizardzoo.distill.trainer import read_log, training_arguments
 from lizardzoo.distill.transfer import transfer
 from lizardzoo.kernels import Impl
 from lizardzoo.kernels.gated_linear import reference as linear_reference
@@ -39,19 +39,6 @@ from lizardzoo.smollm2 import load_teacher
 CHUNK = 32
 """Of the second reference run; the reference's own is 64."""
 REFERENCE, EXACT = "reference", "exact"
-
-
-class TimedLog(StepLog):
-    """Notes when each step ended."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__("transfer", path, progress=False)
-        self.ends: list[float] = []
-
-    def on_log(self, *arguments: Any, **kwargs: Any) -> None:
-        """One step."""
-        super().on_log(*arguments, **kwargs)
-        self.ends.append(time.perf_counter())
 
 
 def parse() -> argparse.Namespace:
@@ -143,7 +130,7 @@ def train(
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with tempfile.TemporaryDirectory() as folder:
-        log = TimedLog(Path(folder) / "log.jsonl")
+        log = TimedLog("transfer", Path(folder) / "log.jsonl")
         steps = stage.total_steps(len(batches))
         settings = training_arguments(
             stage, Path(folder), steps=steps, seed=0, micro_batch_size=None, checkpoint_every=steps

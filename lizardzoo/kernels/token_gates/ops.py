@@ -55,11 +55,11 @@ def _sizes(x: Tensor, weights: list[Tensor], sigmoids: int) -> tuple[int, dict[s
 
 def _tile(x: Tensor, columns: int) -> tuple[str, dict[str, int]]:
     """Operands of the products, and the tile of a program."""
-    narrow = x.dtype == torch.bfloat16 and not INTERPRETED  # Triton's interpreter gets products of bf16 wrong
-    if INTERPRETED:
-        return "fp32", {"BM": 16, "BN": power_of_2(columns), "BK": 16}  # small inputs then have several tiles
-    side = 64 if narrow else 32
-    return "bf16" if narrow else "fp32", {"BM": side, "BN": power_of_2(columns), "BK": side}
+    if INTERPRETED:  # which gets products of bf16 wrong; small inputs have several tiles of 16
+        operand, side = "fp32", 16
+    else:
+        operand, side = ("bf16", 64) if x.dtype == torch.bfloat16 else ("fp32", 32)
+    return operand, {"BM": side, "BN": power_of_2(columns), "BK": side}
 
 
 def compute(x: Tensor, weights: list[Tensor], biases: list[Tensor], sigmoids: int) -> list[Tensor]:
