@@ -1,4 +1,4 @@
-"""The documentation is run: every Python block of README and CONTRIBUTING, in order, one namespace per file.
+"""The documentation is run: every Python block of README, CONTRIBUTING and docs/, in order, one namespace per file.
 
 A block that cannot run here says why on the line above it: `<!-- not run: needs a Hub account -->`. Blocks
 run in a folder of their own that holds `corpus.txt`, a text of some 5,000 words. A quoted Hub name such as
@@ -19,9 +19,14 @@ import pytest
 from huggingface_hub import constants
 
 import lizardzoo as lz
+import lizardzoo.kernels
+import lizardzoo.testing
 
 ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
+ANY_BLOCK = re.compile(r"(```|~~~) *(py|Py|\{ *\.?py)")
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
 HUB_NAME = re.compile(r"""["']([\w-]+/[\w-]+(?:\.\d[\w-]*)*)["']""")
 
@@ -67,22 +72,52 @@ def stand_in(tiny_folder: Path) -> Iterator[Any]:
         shutil.rmtree(entry)
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
-def test_the_snippets_run(
-    name: str, stand_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_registries: None
-) -> None:
-    blocks = [block for block in blocks_of(ROOT / name) if block.runs]
-    assert blocks, f"{name} has no Python block that runs"
-    for hub_name in dict.fromkeys(found for block in blocks for found in HUB_NAME.findall(block.code)):
-        stand_in(hub_name)
-    monkeypatch.chdir(tmp_path)
+def name_of(path: Path) -> str:
+    """As a reader says it: "docs/quickstart.md"."""
+    return path.relative_to(ROOT).as_posix()
+
+
+def run(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block of a page that is not excused, in its folder."""
+    monkeypatch.chdir(folder)
     licence = (ROOT / "LICENSE").read_text(encoding="utf-8")
-    (tmp_path / "corpus.txt").write_text(licence * 3, encoding="utf-8")
+    (folder / "corpus.txt").write_text(licence * 3, encoding="utf-8")
     module = types.ModuleType("snippets")  # one that torch.compile finds: it looks globals up where a class says it is
     monkeypatch.setitem(sys.modules, "snippets", module)
-    for block in blocks:
-        # The empty lines give a traceback the line of the Markdown file.
-        exec(compile("\n" * (block.line - 1) + block.code, ROOT / name, "exec"), vars(module))
+    for block in blocks_of(path):
+        if block.runs:
+            # The empty lines give a traceback the line of the Markdown file.
+            exec(compile("\n" * (block.line - 1) + block.code, path, "exec"), vars(module))
+
+
+ON_A_HUB = {DOCS / "howto" / "publish.md"}
+"""Run by tests/hub/test_publish_page.py."""
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if blocks_of(path) and path not in ON_A_HUB], ids=name_of)
+def test_the_snippets_run(
+    path: Path, stand_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fresh_registries: None
+) -> None:
+    code = [block.code for block in blocks_of(path) if block.runs]
+    assert code, f"{name_of(path)} has no Python block that runs"
+    for hub_name in dict.fromkeys(found for each in code for found in HUB_NAME.findall(each)):
+        stand_in(hub_name)
+    run(path, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_no_snippet_is_overlooked(path: Path) -> None:
+    """A Python block in a list, a note or another fence would be shown and never run."""
+    text = path.read_text(encoding="utf-8")
+    assert len(ANY_BLOCK.findall(text)) == len(BLOCK.findall(text))
+
+
+@pytest.mark.parametrize("package", [lz, lz.evaluate, lizardzoo.kernels, lizardzoo.testing], ids=lambda p: p.__name__)
+def test_the_reference_has_every_public_name(package: types.ModuleType) -> None:
+    """mkdocs fails at a name that is shown and does not exist, this test at one that exists and is not shown."""
+    pages = "".join(path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md"))
+    shown = {name.rpartition(".")[2] for name in re.findall(r"^::: ([\w.]+)", pages, re.MULTILINE)}
+    assert set(package.__all__) - shown == set()
 
 
 @pytest.fixture
