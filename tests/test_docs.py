@@ -6,6 +6,7 @@ run in a folder of their own that holds `corpus.txt`, a text of some 5,000 words
 lie in the Hub's local cache, so that the code under test takes its usual way.
 """
 
+import importlib.util
 import inspect
 import re
 import shutil
@@ -14,6 +15,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 
 import pytest
 from huggingface_hub import constants
@@ -133,6 +135,36 @@ def fresh_registries() -> Iterator[None]:
     for registry, names in zip(registries, before, strict=True):
         for name in set(registry.names()) - names:
             registry.remove(name)
+
+
+@pytest.fixture(scope="module")
+def figures() -> Any:
+    """The script that draws the site's figures."""
+    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_figures_that_pages_show_are_those_that_are_drawn(figures: Any) -> None:
+    pages = "".join(path.read_text(encoding="utf-8") for path in DOCS.rglob("*.md"))
+    assert set(re.findall(r"figures/(\w+)\.svg", pages)) == set(figures.FIGURES)
+
+
+def test_figures_are_pictures_and_always_the_same(figures: Any) -> None:
+    for name in figures.FIGURES:
+        drawn = figures.svg(name)
+        assert ElementTree.fromstring(drawn).tag.endswith("svg"), name
+        assert drawn == figures.svg(name), name
+
+
+def test_the_kernels_figure_reads_the_notes_right(figures: Any) -> None:
+    """A row that is taken for another, or a cell read wrong, and the parts no longer make the whole."""
+    cases, parts, totals, peer = figures.notes_table(figures.NOTES.read_text(encoding="utf-8"))
+    assert len(cases) == len(totals) == len(peer) >= 1
+    for column, total in enumerate(totals):
+        assert sum(times[column] for times in parts.values()) == pytest.approx(total, rel=0.01)
 
 
 def test_every_public_name_exists_and_is_documented() -> None:
