@@ -8,6 +8,7 @@ Attention weights come out of a kernel when the values are the unit vectors: y i
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import sys
@@ -236,12 +237,18 @@ def kernels() -> Figure:
 def notes_table(text: str) -> tuple[list[str], dict[str, list[float]], list[float], list[float]]:
     """Cases, microseconds by kernel, their totals, and sdpa's forward + backward: the notes' first table.
 
-    A cell is a number, or a sum or list of them; the last row has "forward / forward + backward".
+    A cell is a number or a sum of numbers; the row of sdpa has "forward / forward + backward".
     """
-    table = [line.strip("| ").split("|") for line in text.splitlines() if line.startswith("|")]
+    lines = itertools.dropwhile(lambda line: not line.startswith("|"), text.splitlines())
+    table = [line.strip("| ").split("|") for line in itertools.takewhile(lambda line: line.startswith("|"), lines)]
     rows = {row[0].strip("* "): [cell.strip("* ") for cell in row[1:]] for row in table}
-    header, *names = [name for name in rows if not set(name) <= set("-")]
-    total, peer = next(n for n in names if "all" in n), next(n for n in names if n.startswith("sdpa"))
+    header, *names = [name for name in rows if not set(name) <= set("-")] or [""]
+    total, peer = (next((n for n in names if sign in n), "") for sign in (", all", "sdpa"))
+    if not total or not peer:
+        raise ValueError(
+            f"the first table of {NOTES.name} has no row of all kernels ('..., all') or none of sdpa, only {names}; "
+            f"put it back, or draw docs/figures.py's `kernels` from what stands there now"
+        )
 
     def numbers(cell: str) -> list[float]:
         return [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", cell)]
