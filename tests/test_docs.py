@@ -9,6 +9,7 @@ lie in the Hub's local cache, so that the code under test takes its usual way.
 import importlib.util
 import inspect
 import re
+import shlex
 import shutil
 import sys
 import types
@@ -112,6 +113,24 @@ def test_no_snippet_is_overlooked(path: Path) -> None:
     """A Python block in a list, a note or another fence would be shown and never run."""
     text = path.read_text(encoding="utf-8")
     assert len(ANY_BLOCK.findall(text)) == len(BLOCK.findall(text))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name_of)
+def test_the_commands_exist_with_their_options(path: Path) -> None:
+    """Those of `lizardzoo` and of make, in blocks and in sentences."""
+    from typer.main import get_command
+
+    from lizardzoo.cli import app
+
+    commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    for line in re.findall(r"(?:^|`)lizardzoo ([a-z][^\n`]*)", text, re.MULTILINE):
+        name, *words = shlex.split(line, comments=True)
+        assert name in commands, f"lizardzoo has no command {name}"
+        known = {option for parameter in commands[name].params for option in parameter.opts + parameter.secondary_opts}
+        assert {word for word in words if word.startswith("-")} <= known, f"lizardzoo {line}"
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= set(targets)
 
 
 @pytest.mark.parametrize("package", [lz, lz.evaluate, lizardzoo.kernels, lizardzoo.testing], ids=lambda p: p.__name__)
