@@ -6,6 +6,7 @@ run in a folder of their own that holds `corpus.txt`, a text of some 5,000 words
 lie in the Hub's local cache, so that the code under test takes its usual way.
 """
 
+import ast
 import importlib.util
 import inspect
 import re
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import pytest
+import transformers
 from huggingface_hub import constants
 
 import lizardzoo as lz
@@ -131,6 +133,28 @@ def test_the_commands_exist_with_their_options(path: Path) -> None:
         assert {word for word in words if word.startswith("-")} <= known, f"lizardzoo {line}"
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert set(re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE)) <= set(targets)
+
+
+def messages() -> Iterator[str]:
+    """Every text of the package, and of transformers where it is the one that speaks; {} where values are put in."""
+    for path in [*(ROOT / "lizardzoo").rglob("*.py"), Path(inspect.getfile(transformers.AutoConfig))]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_troubleshooting_quotes_what_is_really_said() -> None:
+    """A symptom in code font is an error's text; what is left out of it, numbers and names may be anything."""
+    page = (DOCS / "troubleshooting.md").read_text(encoding="utf-8").replace("\n", " ")
+    quotes = re.findall(r"\*\*`([^`]+ [^`]+)`\.\*\*", page)
+    assert len(quotes) > 10
+    said = list(messages())
+    for quote in quotes:
+        pieces = re.split(r"\.\.\.|'[^']*'|lizard_llama|\d+|\w+Layer\b", quote)
+        pattern = re.compile(".*".join(re.escape(piece.strip()) for piece in pieces), re.DOTALL)
+        assert any(map(pattern.search, said)), f"nothing says {quote!r}"
 
 
 @pytest.mark.parametrize("package", [lz, lz.evaluate, lizardzoo.kernels, lizardzoo.testing], ids=lambda p: p.__name__)
