@@ -10,10 +10,12 @@ ARGS    ?=
 
 VENV := .venv
 RUN  := $(VENV)/bin/python
+# The variable silences an announcement of mkdocs-material that is no warning about the site.
+MKDOCS := CUDA_VISIBLE_DEVICES= NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-gpu test-second check bench clean
+.PHONY: help demo test test-gpu test-second check docs bench clean
 
 help:  ## say what each target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,18 +35,22 @@ test-second: $(VENV)-second/.installed  ## a second environment: the laws on the
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV)-second/bin/python -m pytest -n $(WORKERS) \
 	  tests/adapters tests/mixers tests/kernels/test_triton.py $(ARGS)
 
-check: $(VENV)/.installed-dev  ## format, lint, types, and the snippets of the documentation
+check: $(VENV)/.installed-dev  ## format, lint, types, and the documentation: its snippets and its site
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(RUN) -m pytest tests/test_docs.py
+	$(MKDOCS)
+
+docs: $(VENV)/.installed-docs  ## build the documentation's site into site/; any warning is an error
+	$(MKDOCS)
 
 bench: $(VENV)/.installed-test  ## run every benchmark: each verifies its result, then times it
 	@ls benchmarks/bench_*.py > /dev/null
 	set -e; for file in benchmarks/bench_*.py; do $(RUN) $$file; done
 
 clean:  ## remove builds and caches of the tools; the environment, models and results stay
-	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # One stamp per set of extras; it is older than pyproject.toml when there may be something to install.

@@ -50,7 +50,7 @@ class MixerCacheLayer(CacheLayerMixin):
         self._records: list[_Record] = []
 
     def advance(self, mixer: Mixer, inputs: MixerInputs) -> Tensor:
-        """Run the mixer behind the held state, and hold the next one; returns y [B, T, H, D]."""
+        """Run the mixer behind the held state, and hold the next one; returns y [B, T, H, D] in q's dtype."""
         count = inputs.q.shape[1]
         if self.state is None:
             self._hold(mixer.init_state(inputs.q.shape[0], inputs.v.dtype, inputs.v.device))
@@ -82,7 +82,11 @@ class MixerCacheLayer(CacheLayerMixin):
         return torch.is_inference_mode_enabled() or not any(x.is_inference() for x in state_tensors(self.state))
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
-        """Forget the last |tokens_to_remove| tokens: go back to a recorded state and replay what is kept."""
+        """Forget the last |tokens_to_remove| tokens: go back to a recorded state and replay what is kept.
+
+        Raises:
+            LizardzooError: more tokens than were recorded.
+        """
         remove = abs(int(tokens_to_remove))
         records, self._records = self._records, []
         if remove == 0:
@@ -238,7 +242,11 @@ def prefetch_next(cache: Cache, layer_index: int, device: torch.device) -> None:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of all tensors that a cache holds; storage held twice counts once."""
+    """Bytes of all tensors that a cache holds; storage held twice counts once.
+
+    Args:
+        cache: of a linearized model or of a teacher, at any time.
+    """
     tensors: list[Tensor] = []
     for layer in cache.layers:
         if isinstance(layer, MixerCacheLayer):
@@ -249,7 +257,12 @@ def cache_bytes(cache: Cache) -> int:
 
 
 def state_bytes(model: Any, batch: int = 1) -> int:
-    """Bytes of a linearized model's mixer states for `batch` sequences of any length, from their shapes alone."""
+    """Bytes of a linearized model's mixer states for sequences of any length, from their shapes alone.
+
+    Args:
+        model: linearized; its weights may be on the meta device.
+        batch: sequences.
+    """
     tensors = []
     for mixer in model.mixers().values():
         tensors += list(state_tensors(mixer.init_state(batch, model.dtype, "meta")))
@@ -257,7 +270,13 @@ def state_bytes(model: Any, batch: int = 1) -> int:
 
 
 def kv_bytes(model: Any, length: int, batch: int = 1) -> int:
-    """Bytes of the key-value cache of the softmax layers of a model (all layers of a teacher) at `length` tokens."""
+    """Bytes of the key-value cache of the softmax layers of a model (all layers of a teacher).
+
+    Args:
+        model: linearized or not; its weights may be on the meta device.
+        length: tokens of each sequence.
+        batch: sequences.
+    """
     config = model.config
     specs = getattr(config, "specs", None)
     layers = config.num_hidden_layers if specs is None else sum(spec.keeps_softmax for spec in specs)

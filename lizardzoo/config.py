@@ -71,7 +71,14 @@ SpecLike = MixerSpec | str | Mapping[str, Any]
 
 
 def register_mixer(name: str) -> Any:
-    """Class decorator: make a spec known under `name` in config.json, `resolve_layers` and the command line."""
+    """Class decorator: make a spec known under `name` in config.json, `resolve_layers` and the command line.
+
+    Args:
+        name: unique among mixers; `lizardzoo list` shows those that are taken.
+
+    Raises:
+        LizardzooError: another spec has that name.
+    """
 
     def decorate(spec: type[MixerSpec]) -> type[MixerSpec]:
         spec.type_name = name
@@ -81,7 +88,18 @@ def register_mixer(name: str) -> Any:
 
 
 def register_preset(name: str, spec: MixerSpec) -> MixerSpec:
-    """Give a spec a name that users can write instead of it."""
+    """Give a spec a name that users can write instead of it.
+
+    Args:
+        name: unique among presets.
+        spec: what the name stands for.
+
+    Returns:
+        The spec.
+
+    Raises:
+        LizardzooError: another spec has that name.
+    """
     return PRESETS.add(name, spec)
 
 
@@ -110,7 +128,15 @@ def resolve_spec(entry: SpecLike) -> MixerSpec:
 
 
 def resolve_layers(layers: SpecLike | Sequence[SpecLike], num_layers: int) -> list[MixerSpec]:
-    """One spec per layer, from one spec or preset name for all layers, or from a list of exactly `num_layers`."""
+    """One spec per layer, from one spec or preset name for all layers, or from a list of exactly `num_layers`.
+
+    Args:
+        layers: a spec, a preset's name, a dict as in config.json, or a list of such.
+        num_layers: of the model.
+
+    Raises:
+        LizardzooError: a list of another length, a name or field that does not exist, a value that does not fit.
+    """
     if isinstance(layers, (MixerSpec, str, Mapping)):
         return [resolve_spec(layers)] * num_layers
     if not isinstance(layers, Sequence):

@@ -34,7 +34,13 @@ CALIBRATION_TOKENS = 4096
 
 @dataclass
 class ConversionReport:
-    """What became of each parameter, by name: `new` (a mixer's), `kept` (copied), `dropped` (the teacher's alone)."""
+    """What became of each parameter, by name.
+
+    Attributes:
+        new: a mixer's, with its start value.
+        kept: copied from the teacher.
+        dropped: the teacher's alone.
+    """
 
     new: list[str] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
@@ -95,7 +101,14 @@ def linearize(
 
 
 def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
-    """Load a linearized model from a folder or the Hub; `kwargs` go to transformers' `from_pretrained`.
+    """Load a linearized model, with exactly the parameters that its config asks for.
+
+    Args:
+        name_or_path: a folder, or a name on the Hub.
+        **kwargs: for transformers' `from_pretrained`: dtype, device_map, revision, token, ...
+
+    Returns:
+        The model, in eval mode; new parameters are fp32 whatever the dtype.
 
     Raises:
         LizardzooError: the checkpoint is not a linearized one, its parameters are not exactly the model's, or the

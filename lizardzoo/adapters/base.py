@@ -46,6 +46,12 @@ def register_adapter(model_type: str) -> Callable[[Model], Model]:
     """Class decorator of a family's causal LM: make it known under its teacher's `model_type`.
 
     `linearize` finds it by that, transformers' Auto classes by the `model_type` of its own config.
+
+    Args:
+        model_type: as the teacher's config.json has it.
+
+    Raises:
+        LizardzooError: another class has that model_type.
     """
 
     def decorate(model_class: Model) -> Model:
@@ -382,6 +388,12 @@ class MixedForCausalLM:
 
         A window is a run-time choice: a wider one is closer to the teacher, at the price of state. A cache that was
         begun with another window cannot go on.
+
+        Args:
+            window: tokens, the current one included.
+
+        Raises:
+            LizardzooError: a list of another length, a window below 1; nothing is changed then.
         """
         specs = self.config.specs
         targets = [i for i, spec in enumerate(specs) if hasattr(spec, "window")]
@@ -397,7 +409,11 @@ class MixedForCausalLM:
 
 @contextmanager
 def softmax_mode(model: Any) -> Iterator[None]:
-    """Inside, every layer runs the teacher's attention: with unchanged base weights, the model IS the teacher."""
+    """Inside, every layer runs the teacher's attention: with unchanged base weights, the model IS the teacher.
+
+    Args:
+        model: what `lizardzoo.linearize` returns. Call it with use_cache=False inside: its caches are its mixers'.
+    """
     before = [(attention, attention.runs_softmax) for attention in model.attentions()]
     for attention, _ in before:
         attention.runs_softmax = True

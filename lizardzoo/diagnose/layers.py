@@ -26,12 +26,15 @@ from lizardzoo.mixers.merge import Branch
 class Layer:
     """One layer; lists have an entry per query head, `half_life` per head of the gate.
 
-    error: mean squared error of the heads' outputs over the variance of the teacher's; 1 is what a constant scores.
-    shares: each branch's part of the output, at positions that the window no longer covers.
-    teacher_shares: the part of the teacher's attention that lies where the branch looks; only for a disjoint hybrid,
-        whose branches share the past between them.
-    half_life: tokens after which a decay gate has halved what it remembers (inf: it forgets nothing), by the gate.
-    sink_mass: part of the window branch's mass on kept first tokens and sink logits; None without a window.
+    Attributes:
+        layer: its index.
+        mixer: the name of its spec.
+        error: mean squared error of the heads' outputs over the variance of the teacher's; 1 is what a constant scores.
+        shares: each branch's part of the output, at positions that the window no longer covers.
+        teacher_shares: the part of the teacher's attention that lies where the branch looks; only for a disjoint
+            hybrid, whose branches share the past between them.
+        half_life: tokens after which a decay gate has halved what it remembers (inf: it forgets nothing), by the gate.
+        sink_mass: part of the window branch's mass on kept first tokens and sink logits; None without a window.
     """
 
     layer: int

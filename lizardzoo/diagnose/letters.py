@@ -17,7 +17,14 @@ from lizardzoo.evaluate.questions import prompts, read_questions
 
 @dataclass(frozen=True)
 class Letters:
-    """Answers counted by letter: the right ones, the model's, the teacher's (None without one)."""
+    """Answers counted by letter.
+
+    Attributes:
+        questions: how many there were.
+        right: the right answers.
+        model: the model's.
+        teacher: the teacher's; None without one.
+    """
 
     questions: int
     right: dict[str, int]

@@ -23,8 +23,11 @@ if TYPE_CHECKING:
 class Diagnosis:
     """What `lizardzoo.diagnose` found.
 
-    layers: the numbers of every layer with a mixer; frozen: by layer the parameters that did not move, None for all;
-    letters: answers by letter, None without questions; findings: what is wrong, empty for a healthy model.
+    Attributes:
+        layers: the numbers of every layer with a mixer.
+        frozen: by layer the parameters that did not move; None for all of them.
+        letters: answers by letter; None without questions.
+        findings: what is wrong; empty for a healthy model.
     """
 
     layers: list[Layer]

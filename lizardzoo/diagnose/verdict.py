@@ -28,11 +28,12 @@ LEAST_QUESTIONS = 8
 class Finding:
     """One thing that is wrong.
 
-    kind: "not finite", "worse than a constant", "dead gate", "bypassed branch", "frozen parameter", "untrained" or
-        "letter collapse".
-    layer: None for the whole model.
-    part: the gate's, branch's or parameter's name, or the letter.
-    message: a sentence without the layer.
+    Attributes:
+        kind: "not finite", "worse than a constant", "dead gate", "bypassed branch", "frozen parameter", "untrained" or
+            "letter collapse".
+        layer: None for the whole model.
+        part: the gate's, branch's or parameter's name, or the letter.
+        message: a sentence without the layer.
     """
 
     kind: str

@@ -198,14 +198,22 @@ RECIPES: dict[str, Recipe] = {}
 
 
 def register_recipe(recipe: Recipe) -> Recipe:
-    """Make a recipe known by its name; a name that another recipe has raises."""
+    """Make a recipe known by its name.
+
+    Raises:
+        LizardzooError: another recipe has that name.
+    """
     if RECIPES.setdefault(recipe.name, recipe) != recipe:
         raise LizardzooError(f"the recipe name {recipe.name!r} is already taken; choose another name")
     return recipe
 
 
 def recipe_from(recipe: str | Recipe | Mapping[str, Any]) -> Recipe:
-    """A recipe from its name, itself or its dict; an unknown name lists what exists."""
+    """A recipe from its name, itself or its dict.
+
+    Raises:
+        LizardzooError: an unknown name (the message lists what exists), fields that are unknown, missing or do not fit.
+    """
     if isinstance(recipe, Recipe):
         return recipe
     if not isinstance(recipe, str):

@@ -29,6 +29,10 @@ def without(model: PreTrainedModel, branch: str) -> Iterator[PreTrainedModel]:
 
     A mixer that has no other branch then gives zeros: what the layer's attention is worth at all.
 
+    Args:
+        model: a linearized model.
+        branch: such as "linear" or "window".
+
     Raises:
         LizardzooError: no mixer of the model has such a branch.
     """

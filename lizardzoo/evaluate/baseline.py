@@ -19,6 +19,13 @@ def state_matched_window(model: PreTrainedModel, keep: int = 4) -> int:
 
     One size for all layers that have a mixer; of all sizes the one whose bytes come nearest.
 
+    Args:
+        model: the student.
+        keep: tokens that the bare window keeps.
+
+    Returns:
+        The window, in tokens.
+
     Raises:
         LizardzooError: a model without mixers, or one whose state is below that of a window of 1.
     """
@@ -51,6 +58,13 @@ def matched_layers(model: PreTrainedModel, keep: int = 4) -> list[MixerSpec]:
     """The layers list of that baseline: `lizardzoo.linearize(teacher, matched_layers(student))` makes it.
 
     Layers that keep their softmax in the student keep it here too.
+
+    Args:
+        model: the student.
+        keep: tokens that the bare window keeps.
+
+    Raises:
+        LizardzooError: as `state_matched_window`.
     """
     window = Window(window=state_matched_window(model, keep), keep=keep)
     mixers = mixers_of(model)

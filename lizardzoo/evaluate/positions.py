@@ -37,8 +37,12 @@ Progress = Callable[[int, int], None]
 class Bucket:
     """The predictions made at positions start .. stop - 1, over all sequences.
 
-    perplexity = exp(mean negative log-likelihood); kl = mean KL(teacher || model) in nats per token, None
-    without a teacher.
+    Attributes:
+        start: the first position.
+        stop: one behind the last.
+        tokens: how many predictions.
+        perplexity: exp(mean negative log-likelihood).
+        kl: mean KL(teacher || model) in nats per token; None without a teacher.
     """
 
     start: int
@@ -55,7 +59,13 @@ class Bucket:
 
 @dataclass(frozen=True)
 class ByPosition:
-    """One model on one text: `buckets` partition the predictions, `overall` is all, `curve` a finer cut."""
+    """One model on one text.
+
+    Attributes:
+        buckets: they partition the predictions.
+        overall: all of them.
+        curve: a finer cut of the same.
+    """
 
     buckets: list[Bucket]
     overall: Bucket

@@ -27,19 +27,32 @@ LENGTHS = (2048, 32768, 131072)
 
 @dataclass(frozen=True)
 class Row:
-    """One model, or one model with a branch switched off (`without` names it)."""
+    """One model, or one model with a branch switched off.
+
+    Attributes:
+        name: of the row.
+        model: the name that the model was given.
+        without: the branch that is switched off; None: none is.
+        result: perplexity and KL by position.
+        memory: tokens -> bytes that generation holds for one sequence of so many: states and key-value caches.
+    """
 
     name: str
     model: str
     without: str | None
     result: ByPosition
     memory: dict[int, int]
-    """Tokens -> bytes that generation holds for one sequence of so many: states and key-value caches."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `compare` found on `sequences` sequences of `length` tokens; a teacher's row comes first."""
+    """What `compare` found.
+
+    Attributes:
+        sequences: how many were read.
+        length: their tokens.
+        rows: a teacher's comes first.
+    """
 
     sequences: int
     length: int

@@ -46,7 +46,14 @@ PLACES = NAMES.split()
 
 @dataclass(frozen=True)
 class Recall:
-    """What was recalled at one distance: the share of `questions` answered in full, and nats per token of answer."""
+    """What was recalled at one distance.
+
+    Attributes:
+        distance: tokens between the facts and the questions.
+        questions: how many were asked.
+        accuracy: the share of them whose answer greedy decoding gives in full.
+        nll: mean negative log-likelihood of the answers' tokens, in nats.
+    """
 
     distance: int
     questions: int
@@ -66,7 +73,13 @@ class RecallRow:
 
 @dataclass(frozen=True)
 class RecallReport:
-    """What `retrieval` found; a teacher's row comes first."""
+    """What `retrieval` found.
+
+    Attributes:
+        pairs: facts in a text.
+        samples: texts at each distance.
+        rows: a teacher's comes first.
+    """
 
     pairs: int
     samples: int

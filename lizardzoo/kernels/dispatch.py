@@ -14,7 +14,13 @@ from lizardzoo.errors import LizardzooError
 
 
 class Impl(str, Enum):
-    """Implementation of a kernel: a run-time choice, never saved."""
+    """Implementation of a kernel: a run-time choice, never saved. The strings are taken for them everywhere.
+
+    Attributes:
+        AUTO: Triton on CUDA, the reference elsewhere.
+        TRITON: on CUDA; under TRITON_INTERPRET=1 also on a CPU.
+        REFERENCE: plain PyTorch, on any device.
+    """
 
     AUTO = "auto"
     TRITON = "triton"

@@ -16,7 +16,13 @@ Activation = Literal["softmax", "exp"]
 
 
 class FeatureMap(NamedTuple):
-    """Weights of phi for queries and keys: `query` [1 or H, D, F], `key` [1 or Hkv, D, F]; 2F features."""
+    """Weights of phi(x) = [f(xW), f(-xW)], the Hedgehog map (Lizard, arXiv:2507.09025, section 3.1): 2F features.
+
+    Attributes:
+        query: W for queries, [1 or H, D, F], fp32.
+        key: W for keys, [1 or Hkv, D, F], fp32.
+        activation: f: "softmax" over the features of each half (the paper's table 13), or "exp" (its section 4).
+    """
 
     query: Tensor
     key: Tensor

@@ -20,10 +20,16 @@ def add_log_scale(log_mass: Tensor, log_scale: Tensor | None, mask: Tensor | Non
 
 
 def joint(branches: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """sum_b e^{m_b} y_b / sum_b e^{m_b} and the log of that denominator, from the branches' (y, log_mass = m).
+    """One denominator for all branches (LoLCATs, arXiv:2410.10254): sum_b e^{m_b} y_b / sum_b e^{m_b}.
 
-    y [B, T, H, D], log_mass [B, T, H], both in log_mass's dtype. A branch that saw nothing (-inf) adds nothing and gets
-    zero gradients.
+    A branch that saw nothing (-inf) adds nothing and gets zero gradients.
+
+    Args:
+        branches: each branch's y [B, T, H, D] and log_mass m [B, T, H].
+
+    Returns:
+        y [B, T, H, D] and the log of the one denominator [B, T, H], both in log_mass's dtype; 0 and -inf where
+        no branch saw anything.
     """
     masses = torch.stack([log_mass for _, log_mass in branches])
     peak = masses.detach().amax(0)

@@ -18,7 +18,18 @@ from lizardzoo.mixers.merge import Branch
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What a mixer must know of the attention it replaces; `scale` is that of the softmax scores."""
+    """What a mixer must know of the attention it replaces.
+
+    Attributes:
+        hidden_size: width of the layer's input x.
+        heads: query heads H.
+        kv_heads: key and value heads Hkv; H is a multiple of it.
+        head_dim: D, even (RoPE).
+        scale: of the softmax scores.
+
+    Raises:
+        LizardzooError: heads that kv_heads does not divide, an odd head_dim.
+    """
 
     hidden_size: int
     heads: int
@@ -41,9 +52,15 @@ class AttentionShape:
 class MixerInputs(NamedTuple):
     """One call's inputs.
 
-    q [B, T, H, D], k, v [B, T, Hkv, D]: projected, normed, BEFORE RoPE; cos, sin [B or 1, T, D]; x [B, T, hidden]: the
-    layer's input; mask [B, T] bool, True = real token, None = all real; starts [B, T] bool, True where a packed
-    document begins, None = none.
+    Attributes:
+        q: [B, T, H, D], projected and normed, BEFORE RoPE; in the model's dtype, as k, v and x are.
+        k: [B, T, Hkv, D], likewise.
+        v: [B, T, Hkv, D].
+        x: [B, T, hidden], the layer's input.
+        cos: [B or 1, T, D], of RoPE.
+        sin: [B or 1, T, D], of RoPE.
+        mask: [B, T] bool, True = real token; None = all real.
+        starts: [B, T] bool, True where a packed document begins; None = none.
     """
 
     q: Tensor
@@ -94,7 +111,13 @@ class Mixer(nn.Module):
     def branches(
         self, inputs: MixerInputs, state: Any | None, need_state: bool
     ) -> tuple[dict[str, Branch], Any | None]:
-        """Each branch by name, and the next state (None unless needed)."""
+        """Each branch by name, and the next state (None unless needed).
+
+        Args:
+            inputs: of T tokens.
+            state: of the tokens before them; None: there are none.
+            need_state: whether anything follows.
+        """
         raise NotImplementedError
 
     def merge(self, branches: dict[str, Branch], x: Tensor) -> Tensor:
@@ -112,7 +135,10 @@ class Mixer(nn.Module):
         return {name: norm / total for name, norm in norms.items()}
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> Any:
-        """The state before the first token: a (nested) NamedTuple of tensors whose size never changes."""
+        """The state before the first token: a (nested) NamedTuple of tensors [batch, ...] whose size never changes.
+
+        dtype is the model's: keys and values wait in it, what is accumulated is fp32.
+        """
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
@@ -157,6 +183,11 @@ class Mixer(nn.Module):
 
 @torch.no_grad()
 def start_value(parameter: nn.Parameter, value: Tensor | float) -> None:
-    """Give a new parameter its start value, unless transformers has just loaded it from a checkpoint."""
+    """Give a new parameter its start value, unless transformers has just loaded it from a checkpoint.
+
+    Args:
+        parameter: of a mixer; one on the meta device is left alone (its values come later).
+        value: a number, or a tensor that expands to the parameter's shape.
+    """
     if not getattr(parameter, "_is_hf_initialized", False) and not parameter.is_meta:
         parameter.copy_(torch.as_tensor(value, dtype=parameter.dtype, device=parameter.device).expand_as(parameter))

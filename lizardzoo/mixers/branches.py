@@ -32,12 +32,13 @@ MAX_SIZE = 1 << 20
 
 @dataclass(frozen=True)
 class WindowFields(MixerSpec):
-    """Fields of a window branch.
+    """Fields of a window branch (Lizard, arXiv:2507.09025, section 3.2).
 
-    window: keys a query sees, itself included; a run-time choice (`model.set_window`).
-    keep: first tokens of the text that stay visible for ever.
-    sinks: learned logits in the denominator (meta memory), per layer.
-    window_rope: RoPE on the window's q and k.
+    Attributes:
+        window: keys a query sees, itself included; a run-time choice (`model.set_window`).
+        keep: first tokens of the text that stay visible for ever.
+        sinks: learned logits in the denominator (meta memory), per layer.
+        window_rope: RoPE on the window's q and k.
     """
 
     window: int = 128
@@ -54,15 +55,16 @@ class WindowFields(MixerSpec):
 
 @dataclass(frozen=True)
 class LinearFields(MixerSpec):
-    """Fields of a gated linear branch.
+    """Fields of a gated linear branch (Lizard, arXiv:2507.09025, section 3.1).
 
-    feature_dim: width of a feature map's half (2 x feature_dim features); None = head_dim.
-    activation: softmax over each half's features, or exp.
-    maps: one feature map per head or per layer.
-    feature_rope: feature maps after RoPE instead of before it.
-    gate: one decay per token, per token and kv head, or per token and query head; None = no decay.
-    gate_init: the decay at the start.
-    input_gate: a learned weight per token and kv head with which it enters the memory.
+    Attributes:
+        feature_dim: width of a feature map's half (2 x feature_dim features); None = head_dim.
+        activation: "softmax" over each half's features, or "exp".
+        maps: one feature map per "head" or per "layer".
+        feature_rope: feature maps after RoPE instead of before it.
+        gate: one decay per "token", per token and "kv_head", or per token and "query_head"; None = no decay.
+        gate_init: the decay at the start, between 0 and 1.
+        input_gate: a learned weight per token and kv head with which it enters the memory.
     """
 
     feature_dim: int | None = None

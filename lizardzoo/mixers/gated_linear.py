@@ -17,7 +17,13 @@ from lizardzoo.mixers.merge import Branch, unnormalized
 @register_mixer("gated_linear")
 @dataclass(frozen=True)
 class GatedLinear(LinearFields):
-    """Gated linear attention over the whole past; `normalize=False` leaves out the denominator."""
+    """Gated linear attention over the whole past (Lizard, arXiv:2507.09025, section 3.1).
+
+    Beside its own field it has those of `LinearFields`.
+
+    Attributes:
+        normalize: divide by the denominator (the paper's parallel form); False leaves it out (its recurrent form).
+    """
 
     normalize: bool = True
 

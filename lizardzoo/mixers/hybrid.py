@@ -28,12 +28,17 @@ LOG_SCALE_START = -2.0
 class Hybrid(LinearFields, WindowFields):
     """A window for what is near, gated linear attention for what is far. The defaults are the recommended hybrid.
 
-    disjoint: the linear branch sees only what the window does not (tokens t <= i - window, less the kept ones);
-        otherwise all t <= i (Lizard).
-    merge: "joint" = one denominator for both branches (LoLCATs); "sum" = y_linear + alpha y_window (Lizard, parallel
-        form); "none" = the same with an unnormalized linear branch (Lizard, recurrent form).
-    alpha: for sum and none: one learned weight per layer or per head; None = 1.
-    log_scale: for joint: the linear branch's mass is scaled by exp(c_h) ("head"), exp(c_h + x.u_h) ("token"), 1 (None).
+    After Lizard (arXiv:2507.09025, section 3) and LoLCATs (arXiv:2410.10254). Beside its own fields it has those of
+    `WindowFields` and `LinearFields`.
+
+    Attributes:
+        disjoint: the linear branch sees only what the window does not (tokens t <= i - window, less the kept ones);
+            otherwise all t <= i (Lizard).
+        merge: "joint" = one denominator for both branches (LoLCATs); "sum" = y_linear + alpha y_window (Lizard,
+            parallel form); "none" = the same with an unnormalized linear branch (Lizard, recurrent form).
+        alpha: for sum and none: one learned weight per layer or per head; None = 1.
+        log_scale: for joint: the linear branch's mass is scaled by exp(c_h) ("head"), exp(c_h + x.u_h) ("token"), or
+            1 (None).
     """
 
     disjoint: bool = True

@@ -13,7 +13,12 @@ Merge = Literal["sum", "none", "joint"]
 
 
 class Branch(NamedTuple):
-    """y [B, T, H, D], normalized; log_mass [B, T, H], the log of its denominator (-inf: it saw nothing)."""
+    """What a branch returns.
+
+    Attributes:
+        y: [B, T, H, D], normalized: a weighted mean of values; 0 where it saw nothing.
+        log_mass: [B, T, H], fp32: the log of its denominator; -inf where it saw nothing.
+    """
 
     y: Tensor
     log_mass: Tensor

@@ -17,7 +17,10 @@ from lizardzoo.mixers.merge import Branch
 @register_mixer("window")
 @dataclass(frozen=True)
 class Window(WindowFields):
-    """Softmax over a sliding window; on a prompt that fits the window it is the teacher (RoPE, no sinks)."""
+    """Softmax over a sliding window; on a prompt that fits the window it is the teacher (RoPE, no sinks).
+
+    Its fields are those of `WindowFields`.
+    """
 
     @property
     def exact_within(self) -> int:

@@ -31,7 +31,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Worth:
-    """What one layer's softmax is worth: the KL to the teacher with it, and by how much that is less than without."""
+    """What one layer's softmax is worth.
+
+    Attributes:
+        layer: its index.
+        kl: the KL to the teacher with softmax in this layer, in nats per token.
+        worth: by how much that is less than without.
+    """
 
     layer: int
     kl: float
@@ -42,9 +48,11 @@ class Worth:
 class Selection(Chosen):
     """A layers list, as `lizardzoo.linearize` takes it, and what it was chosen by.
 
-    layers: one spec per layer; kept: the layers that have softmax, the most valuable first (then those that had it
-    before). ranking: all others by worth, the best first. curve: the KL to the teacher, in nats per token, with the
-    first 0, 1, 2, ... of the chosen layers.
+    Attributes:
+        layers: one spec per layer.
+        kept: the layers that have softmax, the most valuable first (then those that had it before).
+        ranking: all that had a mixer by worth, the best first.
+        curve: the KL to the teacher, in nats per token, with the first 0, 1, 2, ... of the chosen layers.
     """
 
     kept: list[int]

@@ -33,9 +33,12 @@ if TYPE_CHECKING:
 class WindowSelection(Chosen):
     """A layers list, as `lizardzoo.linearize` takes it, and what it was chosen by.
 
-    layers: one spec per layer. windows: the window of each layer that has one, for `set_window`.
-    kl, kl_before: nats per token, with these windows and with those the model had.
-    kl_alone: by layer and window, the KL where only that layer has that window.
+    Attributes:
+        layers: one spec per layer.
+        windows: the window of each layer that has one, for `set_window`.
+        kl: the KL to the teacher with these windows, in nats per token.
+        kl_before: the same with those the model had.
+        kl_alone: by layer and window, the KL where only that layer has that window.
     """
 
     windows: list[int]

@@ -24,6 +24,7 @@ from lizardzoo.testing.strategies import SHAPES, TokenFlags, mixer_inputs, specs
 TOLERANCE = 1e-9  # float64: far above rounding, far below any mistake
 Law = Callable[[st.DataObject, MixerSpec, AttentionShape, int], None]
 LAWS: dict[str, Law] = {}
+"""Every law of mixers, by name; see `check_mixer`."""
 
 
 def law(check: Law) -> Law:
@@ -33,13 +34,21 @@ def law(check: Law) -> Law:
 
 
 def check_mixer(spec_class: type[MixerSpec], examples: int = 40) -> None:
-    """Run every law on `examples` drawn specs, shapes and inputs; a broken one raises with the case that breaks it."""
+    """Run every law of `LAWS` on a mixer.
+
+    Args:
+        spec_class: a registered spec. Its fields are drawn by their types, and from its presets.
+        examples: how many specs, shapes and inputs each law is tried on, all in float64.
+
+    Raises:
+        AssertionError: a law is broken, with the case that breaks it.
+    """
     for check in LAWS.values():
         check_law(check, spec_class, examples)
 
 
 def check_law(check: Law, spec_class: type[MixerSpec], examples: int = 40) -> None:
-    """Run one law."""
+    """Run one law of `LAWS`; see `check_mixer`."""
 
     @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
     @given(st.data(), specs(spec_class), st.sampled_from(SHAPES), st.integers(0, 2**16))

@@ -24,7 +24,14 @@ def visible_pairs(
     lag: int = 0,
     skip: int = 0,
 ) -> list[list[int]]:
-    """For each query of a row, the key positions it sees. window: softmax set; otherwise the linear branch's set."""
+    """For each query of a row, the key positions it sees.
+
+    Args:
+        mask, starts: [B, T] bool.
+        batch: the row.
+        window, keep: given: the softmax set; window None: the linear branch's, by lag and skip.
+        lag, skip: see `lizardzoo.kernels`.
+    """
     seen: list[list[int]] = []
     document: list[int] = []  # positions of the real tokens of the current document, in order
     for i in range(mask.shape[1]):
@@ -54,7 +61,7 @@ def window_oracle(
     mask: Tensor | None = None,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`lizardzoo.kernels.window_attention` from its equation, float64."""
+    """`lizardzoo.kernels.window_attention` from its equation, float64: the same arguments, y and log_mass."""
     sinks = None if sinks is None else sinks.expand(q.shape[2], -1)
     mask, starts = _flags(q, mask, starts)
     seen = [visible_pairs(mask, starts, b, window=window, keep=keep) for b in range(q.shape[0])]
@@ -74,7 +81,7 @@ def gated_linear_oracle(
     mask: Tensor | None = None,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`lizardzoo.kernels.gated_linear_attention` from its equation, float64."""
+    """`lizardzoo.kernels.gated_linear_attention` from its equation, float64: the same arguments, y and log_mass."""
     mask, starts = _flags(q, mask, starts)
     seen = [visible_pairs(mask, starts, b, lag=lag, skip=skip) for b in range(q.shape[0])]
     return _attend(q, v, seen, _linear_scores(q, k, log_decay, log_input, feature_map, mask), None)
@@ -99,7 +106,7 @@ def hybrid_oracle(
     mask: Tensor | None = None,
     starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`lizardzoo.kernels.hybrid_attention` from its equation, float64."""
+    """`lizardzoo.kernels.hybrid_attention` from its equation, float64: the same arguments, y and log_mass."""
     sinks = None if sinks is None else sinks.expand(q.shape[2], -1)
     mask, starts = _flags(q, mask, starts)
     rows = range(q.shape[0])

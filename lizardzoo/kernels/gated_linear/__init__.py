@@ -1,10 +1,4 @@
-"""Gated linear attention with its own denominator and, optionally, a lag (Lizard, section 3.1).
-
-y_i = sum_t w_it v_t / sum_t w_it,  w_it = phi_q(q_i) . phi_k(k_t) exp(L_i - L_t + a_t),
-with L = cumsum log_decay and a = log_input, over the real tokens t <= i - lag of i's document that are not among its
-first `skip` ones. As a recurrence over the token j = i - lag that enters at step i:
-S_i = exp(log_decay_i) S_{i-1} + exp(a_j + L_i - L_j) phi_k(k_j) v_j^T.
-"""
+"""Gated linear attention with its own denominator and, optionally, a lag (Lizard, section 3.1)."""
 
 from __future__ import annotations
 
@@ -40,7 +34,14 @@ def gated_linear_attention(
     return_state: bool = True,
     impl: Impl | str = Impl.AUTO,
 ) -> tuple[Tensor, Tensor, GatedLinearState | None]:
-    """Attend linearly.
+    """Attend linearly (Lizard, arXiv:2507.09025, section 3.1, parallel form).
+
+        y_i = sum_t w_it v_t / sum_t w_it,  w_it = phi_q(q_i) . phi_k(k_t) exp(L_i - L_t + a_t)
+
+    with L = cumsum log_decay and a = log_input, over the real tokens t <= i - lag of i's document that are not among
+    its first `skip` ones. As a recurrence over the token j = i - lag that enters at step i:
+
+        S_i = exp(log_decay_i) S_{i-1} + exp(a_j + L_i - L_j) phi_k(k_j) v_j^T
 
     Args:
         q, k, v: [B, T, H, D], [B, T, Hkv, D], [B, T, Hkv, Dv].
@@ -51,12 +52,13 @@ def gated_linear_attention(
         mask, starts: [B, T] bool; see `lizardzoo.kernels`.
         state: from an earlier call, to go on behind it.
         return_state: False saves the work when nothing follows.
+        impl: which implementation computes; see `lizardzoo.kernels`.
 
     Returns:
         y [B, T, H, Dv] in q's dtype, log_mass [B, T, H], and the state (None unless wanted).
 
     Raises:
-        LizardzooError: shapes, dtypes or sizes that do not fit.
+        LizardzooError: shapes, dtypes or sizes that do not fit, or that the implementation does not take.
     """
     check_arguments(OP, q, k, v, log_decay, log_input, feature_map, lag, skip, state)
     check_token_flags(OP, q, mask=mask, starts=starts)
@@ -78,9 +80,18 @@ def gated_linear_attention_step(
     in_place: bool = False,
     impl: Impl | str = Impl.AUTO,
 ) -> tuple[Tensor, Tensor, GatedLinearState]:
-    """`gated_linear_attention` of one token (T = 1) behind a state, whose waiting tokens give the lag; same returns.
+    """`gated_linear_attention` of one token behind a state.
 
-    in_place: the tensors of the given state are overwritten, and it is the one returned; without gradients only.
+    Args:
+        q, k, v, log_decay, log_input, feature_map, skip, mask, impl: as for `gated_linear_attention`, with T = 1.
+        state: what the call before returned, or the start state; its waiting tokens give the lag.
+        in_place: the tensors of the given state are overwritten, and it is the one returned; without gradients only.
+
+    Returns:
+        y [B, 1, H, Dv] in q's dtype, log_mass [B, 1, H], and the state behind the token.
+
+    Raises:
+        LizardzooError: as `gated_linear_attention`; more than one token; in_place where gradients are on.
     """
     check_arguments(OP, q, k, v, log_decay, log_input, feature_map, state.k.shape[1], skip, state)
     check_token_flags(OP, q, mask=mask)

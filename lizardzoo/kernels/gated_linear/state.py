@@ -14,10 +14,19 @@ from lizardzoo.kernels.rows import Rows, hold, last_document, ring_ranks
 class GatedLinearState(NamedTuple):
     """The memory, and the last `lag` tokens of the current document, which wait to enter it.
 
-    The memory is held as kv [B, Hs, F, D] and norm [B, Hs, F], both times exp(scale) with scale [B, Hs, F] (fp32; -inf:
-    nothing yet). Hs = Hkv, or H where a gate is per query head. Waiting, in rings (see `lizardzoo.kernels`):
-    k, v [B, lag, Hkv, D], log_decay, log_input [B, lag, Hg] or [B, lag, 0] without. length [B]: real tokens of the
-    document so far. A slot that holds no token of it yet may hold anything.
+    The memory is fp32 (float64 for float64 inputs) and belongs to the Hs = Hkv key heads, or to H where a gate is per
+    query head. What waits is in rings (see `lizardzoo.kernels`); a slot that holds no token of the document yet may
+    hold anything.
+
+    Attributes:
+        kv: [B, Hs, F, Dv]; times exp(scale) it is the sum of features x values.
+        norm: [B, Hs, F]; times exp(scale) it is the sum of features.
+        scale: [B, Hs, F], a logarithm; -inf: nothing yet.
+        k: [B, lag, Hkv, D], in the dtype of the keys given.
+        v: [B, lag, Hkv, Dv], likewise.
+        log_decay: [B, lag, heads of the gate], or [B, lag, 0] without one.
+        log_input: [B, lag, heads of the gate], or [B, lag, 0] without one.
+        length: [B] int64, real tokens of the document so far.
     """
 
     kv: Tensor

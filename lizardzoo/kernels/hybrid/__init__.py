@@ -1,9 +1,4 @@
-"""Hybrid attention: a window for what is near, gated linear attention for what is far, one denominator (LoLCATs).
-
-y_i = (sum_{t in S_i} e^{s_it} v_t + e^{c_i} sum_{t in F_i} w_it v_t) / (sum_{t in S_i} e^{s_it} + e^{c_i} sum w_it)
-with S and s of `lizardzoo.kernels.window` (sinks are in its sum), F and w of `lizardzoo.kernels.gated_linear`, and
-c = log_scale. What the two ops and `lizardzoo.kernels.merge.joint` compute, in one pass over the tokens.
-"""
+"""Hybrid attention: a window for what is near, gated linear attention for what is far, one denominator (LoLCATs)."""
 
 from __future__ import annotations
 
@@ -47,7 +42,12 @@ def hybrid_attention(
     return_state: bool = True,
     impl: Impl | str = Impl.AUTO,
 ) -> tuple[Tensor, Tensor, HybridState | None]:
-    """Attend to what is near and to what is far.
+    """Attend to what is near and to what is far (LoLCATs, arXiv:2410.10254, with Lizard's gates).
+
+        y_i = (sum_{S_i} e^{s_it} v_t + e^{c_i} sum_{F_i} w_it v_t) / (sum_{S_i} e^{s_it} + e^{c_i} sum_{F_i} w_it)
+
+    with S and s of `window_attention` (sinks are in its sum), F and w of `gated_linear_attention`, and c = log_scale:
+    what these two and `lizardzoo.kernels.merge.joint` compute.
 
     Args:
         q, k, v: [B, T, H, D], [B, T, Hkv, D], [B, T, Hkv, Dv], as the linear branch takes them.
@@ -59,13 +59,14 @@ def hybrid_attention(
         mask, starts: [B, T] bool; see `lizardzoo.kernels`.
         state: from an earlier call, to go on behind it.
         return_state: False saves the work when nothing follows.
+        impl: which implementation computes; see `lizardzoo.kernels`.
 
     Returns:
         y [B, T, H, Dv] in q's dtype, log_mass [B, T, H] (the log of the one denominator), and the state (None unless
         wanted).
 
     Raises:
-        LizardzooError: shapes, dtypes or sizes that do not fit.
+        LizardzooError: shapes, dtypes or sizes that do not fit, or that the implementation does not take.
     """
     _check(q, k, v, log_decay, rotated, log_input, log_scale, feature_map, window, keep, lag, skip, sinks, state)
     check_token_flags(OP, q, mask=mask, starts=starts)
@@ -96,9 +97,19 @@ def hybrid_attention_step(
     in_place: bool = False,
     impl: Impl | str = Impl.AUTO,
 ) -> tuple[Tensor, Tensor, HybridState]:
-    """`hybrid_attention` of one token (T = 1) behind a state, which gives window and lag; same returns.
+    """`hybrid_attention` of one token behind a state.
 
-    in_place: the tensors of the given state are overwritten, and it is the one returned; without gradients only.
+    Args:
+        q, k, v, log_decay, rotated, log_input, log_scale, feature_map: as for `hybrid_attention`, with T = 1.
+        state: what the call before returned, or the start state; it gives window and lag.
+        keep, skip, sinks, scale, mask, impl: likewise.
+        in_place: the tensors of the given state are overwritten, and it is the one returned; without gradients only.
+
+    Returns:
+        y [B, 1, H, Dv] in q's dtype, log_mass [B, 1, H], and the state behind the token.
+
+    Raises:
+        LizardzooError: as `hybrid_attention`; more than one token; in_place where gradients are on.
     """
     window, lag = state.window.k.shape[1], state.linear.k.shape[1]
     _check(q, k, v, log_decay, rotated, log_input, log_scale, feature_map, window, keep, lag, skip, sinks, state)

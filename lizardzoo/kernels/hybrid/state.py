@@ -9,7 +9,12 @@ from lizardzoo.kernels.window.state import WindowState
 
 
 class HybridState(NamedTuple):
-    """Both branches' states, made by `share`: what both would hold is one tensor."""
+    """Both branches' states, made by `share`: what both would hold is one tensor.
+
+    Attributes:
+        window: what the window remembers.
+        linear: what the linear branch remembers.
+    """
 
     window: WindowState
     linear: GatedLinearState

@@ -19,11 +19,12 @@ OP = "rotate"
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: Impl | str = Impl.AUTO) -> tuple[Tensor, Tensor]:
-    """Rotate queries and keys to their positions.
+    """Rotate queries and keys to their positions (RoFormer, arXiv:2104.09864, in the rotate-half convention).
 
     Args:
         q, k: [B, T, H, D], [B, T, Hkv, D], D even.
         cos, sin: [B or 1, T, D], of any floating-point dtype; no gradient flows to them.
+        impl: which implementation computes; see `lizardzoo.kernels`.
 
     Returns:
         q and k rotated, in their own dtype. Triton computes in fp32 and rounds once; the reference computes in the

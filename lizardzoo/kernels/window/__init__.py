@@ -1,8 +1,4 @@
-"""Sliding-window softmax attention with kept first tokens and meta memory (Lizard, section 3.2).
-
-y_i = sum_{t in S_i} e^{s_it} v_t / (sum_{t in S_i} e^{s_it} + sum_j e^{sink_j}),  s_it = scale q_i . k_t,
-S_i = the last `window` real tokens of i's document (i included) and its first `keep` ones. q and k come rotated.
-"""
+"""Sliding-window softmax attention with kept first tokens and meta memory (Lizard, section 3.2)."""
 
 from __future__ import annotations
 
@@ -36,7 +32,11 @@ def window_attention(
     return_state: bool = True,
     impl: Impl | str = Impl.AUTO,
 ) -> tuple[Tensor, Tensor, WindowState | None]:
-    """Attend over a window.
+    """Attend over a window (Lizard, arXiv:2507.09025, section 3.2).
+
+        y_i = sum_{t in S_i} e^{s_it} v_t / (sum_{t in S_i} e^{s_it} + sum_j e^{sink_j}),  s_it = scale q_i . k_t
+
+    S_i: the last `window` real tokens of i's document, i included, and its first `keep` ones. q and k come rotated.
 
     Args:
         q, k, v: [B, T, H, D], [B, T, Hkv, D], [B, T, Hkv, Dv].
@@ -47,12 +47,13 @@ def window_attention(
         mask, starts: [B, T] bool; see `lizardzoo.kernels`.
         state: from an earlier call, to go on behind it.
         return_state: False saves the work when nothing follows.
+        impl: which implementation computes; see `lizardzoo.kernels`.
 
     Returns:
         y [B, T, H, Dv] in q's dtype, log_mass [B, T, H], and the state (None unless wanted).
 
     Raises:
-        LizardzooError: shapes, dtypes or sizes that do not fit.
+        LizardzooError: shapes, dtypes or sizes that do not fit, or that the implementation does not take.
     """
     check_arguments(OP, q, k, v, window, keep, sinks, state)
     check_token_flags(OP, q, mask=mask, starts=starts)
@@ -74,9 +75,18 @@ def window_attention_step(
     in_place: bool = False,
     impl: Impl | str = Impl.AUTO,
 ) -> tuple[Tensor, Tensor, WindowState]:
-    """`window_attention` of one token (T = 1) behind a state, whose ring gives the window; same returns.
+    """`window_attention` of one token behind a state.
 
-    in_place: the tensors of the given state are overwritten, and it is the one returned; without gradients only.
+    Args:
+        q, k, v, keep, sinks, scale, mask, impl: as for `window_attention`, with T = 1.
+        state: what the call before returned, or the start state; its ring gives the window.
+        in_place: the tensors of the given state are overwritten, and it is the one returned; without gradients only.
+
+    Returns:
+        y [B, 1, H, Dv] in q's dtype, log_mass [B, 1, H], and the state behind the token.
+
+    Raises:
+        LizardzooError: as `window_attention`; more than one token; in_place where gradients are on.
     """
     check_arguments(OP, q, k, v, state.k.shape[1], keep, sinks, state)
     check_token_flags(OP, q, mask=mask)

@@ -13,8 +13,14 @@ from lizardzoo.kernels.rows import Rows, hold, last_document, ring_ranks
 class WindowState(NamedTuple):
     """What later queries may still see: the last `window` tokens of the current document and its first `keep` ones.
 
-    k, v [B, window, Hkv, D]: rings, see `lizardzoo.kernels`; kept_k, kept_v [B, keep, Hkv, D] by rank; length [B]: real
-    tokens of the document so far. A slot that holds no token of it yet may hold anything.
+    A slot that holds no token of the document yet may hold anything.
+
+    Attributes:
+        k: [B, window, Hkv, D], a ring (see `lizardzoo.kernels`), in the dtype of the keys given.
+        v: [B, window, Hkv, Dv], likewise.
+        kept_k: [B, keep, Hkv, D], by rank.
+        kept_v: [B, keep, Hkv, Dv].
+        length: [B] int64, real tokens of the document so far.
     """
 
     k: Tensor

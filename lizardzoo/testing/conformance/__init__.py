@@ -25,17 +25,23 @@ Layers = SpecLike | Sequence[SpecLike] | st.SearchStrategy[list[MixerSpec]] | No
 
 
 def check_model(teacher: Any, layers: Layers = None, examples: int = 5) -> None:
-    """Run every law on a teacher: a causal LM of a registered architecture, tiny, in float32 and eval mode.
+    """Run every law of `MODEL_LAWS` on a teacher's linearized copies.
 
-    layers: as `linearize` takes them, or a strategy that draws lists; None draws from all registered mixers.
-    examples: how often each law is tried, with other layers, splits, paddings and prompts.
+    Args:
+        teacher: a causal LM of a registered architecture, tiny, in float32 and eval mode.
+        layers: as `linearize` takes them, or a strategy that draws lists; None draws from all registered mixers.
+        examples: how often each law is tried, with other layers, splits, paddings and prompts.
+
+    Raises:
+        AssertionError: a law is broken, with the case that breaks it.
+        LizardzooError: a teacher in another dtype or in train mode.
     """
     for check in MODEL_LAWS.values():
         check_model_law(check, teacher, layers, examples)
 
 
 def check_model_law(check: ModelLaw, teacher: Any, layers: Layers = None, examples: int = 5) -> None:
-    """Run one law."""
+    """Run one law of `MODEL_LAWS`; see `check_model`."""
     count = teacher.config.num_hidden_layers
     if layers is None:
         lists = layer_lists(count)

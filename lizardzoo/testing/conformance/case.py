@@ -49,7 +49,11 @@ def model_law(check: ModelLaw) -> ModelLaw:
 def tiny_teacher(model_type: str = "llama", **changes: Any) -> Any:
     """A random fp32 model of an architecture, in eval mode: 3 layers, hidden 48, 4 query and 2 key heads.
 
-    `changes` go into its config. Always the same weights; biases and norms are random too, where they start constant.
+    Always the same weights; biases and norms are random too, where they start constant.
+
+    Args:
+        model_type: of any architecture that transformers knows.
+        **changes: for its config.
     """
     config = AutoConfig.for_model(model_type, **TINY | changes)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
