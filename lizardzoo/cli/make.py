@@ -15,13 +15,13 @@ from lizardzoo.cli.models import (
     Dtype,
     DtypeOption,
     is_linearized,
-    layer_map,
     load_config,
     load_model,
     load_tokenizer,
     loading,
     read_layers,
 )
+from lizardzoo.config import layer_map
 from lizardzoo.distill import distill as run_distill
 from lizardzoo.distill import recipe_from
 from lizardzoo.errors import LizardzooError
