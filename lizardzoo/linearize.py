@@ -27,7 +27,7 @@ from lizardzoo.adapters import ADAPTERS, is_new_parameter, softmax_mode
 from lizardzoo.adapters.publishing import refuse_misfit
 from lizardzoo.config import LINEARIZED, SpecLike, resolve_layers
 from lizardzoo.errors import LizardzooError
-from lizardzoo.hub.weights import where
+from lizardzoo.hub.weights import pinned, where
 
 CALIBRATION_LENGTH = 2048
 CALIBRATION_TOKENS = 4096
@@ -115,15 +115,16 @@ def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
             "trust_remote_code=True: lizardzoo.from_pretrained runs no code of a repository; leave it out"
         )
     source = str(name_or_path)
-    config = read_config(source, **where(kwargs))
-    family = linearized_family(config)
+    look = pinned(source, **where(kwargs))
+    fields, _ = PreTrainedConfig.get_config_dict(source, **look)
+    family = linearized_family(fields)
     if family is None:
         raise LizardzooError(
-            f"{source} holds a plain {config.model_type!r} model, not a linearized one; "
+            f"{source} holds a plain {fields.get('model_type')!r} model, not a linearized one; "
             f"make one with lizardzoo.linearize({source!r})"
         )
     with _readable_weights(name_or_path):
-        model, info = ADAPTERS.get(family).from_pretrained(source, output_loading_info=True, **kwargs)
+        model, info = ADAPTERS.get(family).from_pretrained(source, output_loading_info=True, **(kwargs | look))
     refuse_misfit(
         source,
         missing=info["missing_keys"],
@@ -145,7 +146,7 @@ def read_config(source: str | Path, **look: Any) -> PreTrainedConfig:
         if (family := linearized_family(fields)) is not None:
             return ADAPTERS.get(family).config_class.from_dict(fields, name_or_path=place)
     with _readable_weights(source):
-        return AutoConfig.from_pretrained(place, **file, **look)
+        return AutoConfig.from_pretrained(place, trust_remote_code=False, **file, **look)
 
 
 def linearized_family(config: PreTrainedConfig | Mapping[str, Any]) -> str | None:

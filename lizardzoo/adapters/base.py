@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from transformers.utils import can_return_tuple
 
 from lizardzoo import mixers as _builtin_mixers  # noqa: F401  registers the mixers that a config.json may name
-from lizardzoo.adapters.limits import check_config, clear_errors
+from lizardzoo.adapters.limits import check_config, check_layers, clear_errors
 from lizardzoo.adapters.masks import CACHE_KEYWORD, TOKEN_MASK, cache_of, document_starts, softmax_masks, token_mask
 from lizardzoo.adapters.publishing import Published
 from lizardzoo.cache import MIXER_LAYER_TYPE, SLIDING_MIXER_LAYER_TYPE, MixerCacheLayer
@@ -386,6 +386,7 @@ class MixedForCausalLM:
             raise LizardzooError(f"the model has {len(targets)} layers with a window, got {len(windows)} windows")
         for index, size in zip(targets, windows, strict=True):
             specs[index] = replace(specs[index], window=size)
+        check_layers(specs, self.config.max_position_embeddings)
         for index, mixer in self.mixers().items():
             mixer.spec = specs[index]
         self.config.layers = [spec.to_dict() for spec in specs]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,12 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
+from lizardzoo.adapters.limits import UNFIT, first_lines
 from lizardzoo.config import LINEARIZED
 from lizardzoo.errors import LizardzooError
 from lizardzoo.hub import Pushed, push_folder, write_card
 from lizardzoo.hub.difference import DIFFERENCE, Base, changed, difference_of, join, on_hub, weights_hash
 from lizardzoo.hub.stub import auto_map, write_stub
-from lizardzoo.hub.weights import find_file, tensor_shapes, weight_files, where
+from lizardzoo.hub.weights import find_file, pinned, tensor_shapes, weight_files, where
 
 SHARD_SIZE = "5GB"
 """Largest file of a published model: an interrupted upload goes on with the next file."""
@@ -155,7 +157,9 @@ class Published:
             return parent.from_pretrained(name, *args, **kwargs)
         if kwargs.get("use_safetensors") is False:
             raise LizardzooError("use_safetensors=False asks for pickled weights, which run code; leave it out")
-        look = where(kwargs)
+        look = pinned(name, **where(kwargs))
+        kwargs |= {key: value for key, value in look.items() if key != "force_download"}  # what was forced has come
+        kwargs.pop("force_download", None)
         if adapter is None and find_file(name, "adapter_config.json", **look) is not None:
             raise LizardzooError(
                 f"{name} holds adapter_config.json, by which weights of another model would be loaded; remove it, or "
@@ -168,7 +172,6 @@ class Published:
         if difference is not None:
             return cls._from_difference(name, difference, config, args, kwargs)
         files = weight_files(name, variant=kwargs.get("variant"), **look)
-        kwargs.pop("force_download", None)  # what was forced has just come
         renamed = kwargs.get("key_mapping") or kwargs.get("ignore_mismatched_sizes")
         if not renamed and getattr(config, "quantization_config", None) is None:
             cls.check_fit(config, tensor_shapes(files), name)
@@ -179,15 +182,21 @@ class Published:
         """Refuse a causal LM whose file does not hold exactly its parameters, in their shapes."""
         if not hasattr(cls, "base_model_class"):
             return  # a base model may be read from a causal LM's file
+        indices = [int(match[1]) for name in found if (match := re.search(r"\.layers\.(\d+)\.", name))]
+        if indices and max(indices) + 1 != config.num_hidden_layers:  # before that many are built
+            raise LizardzooError(
+                f"the checkpoint {source} has {max(indices) + 1} layers, and its config.json says "
+                f"{config.num_hidden_layers}; save the whole model with save_pretrained, or correct the config"
+            )
         config = copy.deepcopy(config)
         try:
             with torch.device("meta"), no_init_weights():
                 build: Any = cls
                 model = build(config)
-        except (RuntimeError, ValueError, TypeError, OverflowError, ZeroDivisionError, AttributeError) as error:
+        except (*UNFIT, ImportError) as error:
             if isinstance(error, LizardzooError):
                 raise
-            raise LizardzooError(f"the config of {source} describes no model that could be built: {error}") from error
+            raise LizardzooError(f"the config of {source} describes no model: {first_lines(error)}") from error
         expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
         tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
         refuse_misfit(

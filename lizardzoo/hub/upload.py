@@ -9,23 +9,23 @@ from __future__ import annotations
 import fnmatch
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from lizardzoo.config import LINEARIZED
 from lizardzoo.errors import LizardzooError
 from lizardzoo.hub.card import README, read_card, render_card
 from lizardzoo.hub.difference import DIFFERENCE, difference_of, on_hub
-from lizardzoo.hub.weights import PICKLES, tensor_shapes, weight_files
+from lizardzoo.hub.weights import HTTP_ERROR, PICKLES, blob_hash, file_hash, tensor_shapes, weight_files
 
 NOT_SENT = ("*.part", "*.partial", "checkpoints/*", "runs/*")
 REPLACED = ("*.safetensors", "*.safetensors.index.json")
 """Files of an earlier model that must not stay beside a new one: fewer shards, or a difference after a whole."""
-HTTP_ERROR: Any = next(cls for cls in HfHubHTTPError.__mro__ if cls.__name__ == "HTTPError")
-"""The base of all that the client's HTTP library raises, whichever library that is (httpx, httpx2)."""
+FAILURES: Any = (HTTP_ERROR, OSError, RuntimeError, ValueError)
 TEXTS = (".json", ".jsonl", ".md", ".py", ".txt", ".jinja", ".yaml", ".yml")
 
 
@@ -71,15 +71,16 @@ def push_folder(
     api = HfApi(library_name="lizardzoo")
     try:
         repo_id = api.create_repo(repo_id, private=private, token=token, exist_ok=True).repo_id
-        if private and not api.repo_info(repo_id, token=token).private:
+        if revision is not None and not create_pr:
+            api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
+        before = api.repo_info(repo_id, revision=revision, token=token)
+        if private and not before.private:
             raise LizardzooError(
                 f"{repo_id} exists and is public, private=True asks for a private one; choose another name, or make it "
                 f"private first"
             )
-        if revision is not None and not create_pr:
-            api.create_branch(repo_id, branch=revision, token=token, exist_ok=True)
-        there = api.list_repo_files(repo_id, revision=revision, token=token)
-        contents: dict[str, Any] = {path.relative_to(folder).as_posix(): path for path in files}
+        there = [file.rfilename for file in before.siblings]
+        contents: dict[str, bytes | Path] = {path.relative_to(folder).as_posix(): path for path in files}
         contents["config.json"] = _without_local_base(folder / "config.json")
         readme = _card(folder, repo_id)
         if readme is not None:
@@ -90,28 +91,61 @@ def push_folder(
         stale = [
             name for name in there if name not in contents and any(fnmatch.fnmatch(name, each) for each in REPLACED)
         ]
-        commit = api.create_commit(
-            repo_id,
-            [
-                *(CommitOperationDelete(name) for name in stale),
-                *(CommitOperationAdd(name, content) for name, content in sorted(contents.items())),
-            ],
-            commit_message=commit_message,
-            commit_description=commit_description,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-        )
+        try:
+            commit = api.create_commit(
+                repo_id,
+                [
+                    *(CommitOperationDelete(name) for name in stale),
+                    *(CommitOperationAdd(name, content) for name, content in sorted(contents.items())),
+                ],
+                commit_message=commit_message,
+                commit_description=commit_description,
+                token=token,
+                revision=revision,
+                create_pr=create_pr,
+                parent_commit=before.sha,  # a commit of another's in between is not mixed with this one
+            )
+        except FAILURES:
+            now = None if create_pr else _arrived(api, repo_id, revision, token, before.sha, contents)
+            if now is None:
+                raise
+            return Pushed(repo_id, f"{api.endpoint}/{repo_id}/commit/{now}", now, kept)  # only the answer was lost
     except HFValidationError as error:
         raise LizardzooError(f"{repo_id!r} is no name of a repository: {_line(error, token)}") from error
     except LizardzooError:
         raise
-    except (HTTP_ERROR, OSError, RuntimeError, ValueError) as error:
+    except FAILURES as error:
         raise LizardzooError(
             f"{repo_id} was not changed: {_line(error, token)}; {folder} is whole, push again and only what is missing "
             f"is sent"
         ) from error
-    return Pushed(repo_id, str(commit.commit_url), commit.oid, kept)
+    return Pushed(repo_id, str(commit.pr_url or commit.commit_url), commit.oid, kept)
+
+
+def _arrived(
+    api: HfApi,
+    repo_id: str,
+    revision: str | None,
+    token: str | bool | None,
+    before: str,
+    contents: Mapping[str, bytes | Path],
+) -> str | None:
+    """The commit that holds `contents`, where it was made and only the answer got lost."""
+    now = api.repo_info(repo_id, revision=revision, token=token).sha
+    if now == before:
+        return None
+    found = {file.path: file for file in api.list_repo_tree(repo_id, recursive=True, revision=now, token=token)}
+    for name, content in contents.items():
+        file = found.get(name)
+        if file is None:
+            return None
+        if file.lfs is not None:
+            same = isinstance(content, Path) and file.lfs.sha256 == file_hash(content)
+        else:
+            same = file.blob_id == blob_hash(content.read_bytes() if isinstance(content, Path) else content)
+        if not same:
+            return None
+    return now
 
 
 def _card(folder: Path, repo_id: str) -> str | None:

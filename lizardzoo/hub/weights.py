@@ -1,6 +1,6 @@
 """The weight files of a model, found and checked before anything is allocated: safetensors, whole, in their folder.
 
-huggingface_hub checks the size of a download, not its content; the sha256 of what has just come is checked here.
+huggingface_hub checks the size of a download, not its content; the hash of what has just come is checked here.
 """
 
 from __future__ import annotations
@@ -19,17 +19,27 @@ from transformers.utils.hub import cached_file
 
 from lizardzoo.errors import LizardzooError
 
+HTTP_ERROR: Any = next(cls for cls in HfHubHTTPError.__mro__ if cls.__name__ == "HTTPError")
+"""The base of all that the client's HTTP library raises, whichever library that is (httpx, httpx2)."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 """Endings of files that run code when they are loaded."""
 PICKLED_WEIGHTS = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 WHERE = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 """The arguments of from_pretrained that say where to look."""
-SHA256 = re.compile(r"[0-9a-f]{64}")
+HASH = re.compile(r"[0-9a-f]{64}|[0-9a-f]{40}")
+"""By which the cache names a file: the sha256 of a large one, git's of any other."""
 
 
 def where(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """The part of from_pretrained's arguments that says where to look."""
     return {name: kwargs[name] for name in WHERE if kwargs.get(name) is not None}
+
+
+def pinned(source: str | Path, **look: Any) -> dict[str, Any]:
+    """`look` with the commit that the revision is now: all files then come from one, and none is asked for twice."""
+    found = find_file(source, "config.json", **look)
+    commit = None if found is None else re.search(r"/snapshots/([0-9a-f]{40})/", found.as_posix())
+    return look if commit is None or Path(source).is_dir() else {**look, "revision": commit[1]}
 
 
 def weight_files(source: str | Path, stem: str = "model", variant: str | None = None, **look: Any) -> list[Path]:
@@ -84,17 +94,27 @@ def find_file(source: str | Path, name: str, fetch: bool = True, **look: Any) ->
     within = f"{look['subfolder']}/{name}" if look.get("subfolder") else name
     known = try_to_load_from_cache(str(source), within, cache_dir=look.get("cache_dir"), revision=look.get("revision"))
     quiet = {"_raise_exceptions_for_missing_entries": False}
-    found = cached_file(str(source), name, **look, **quiet)
+    try:
+        found = cached_file(str(source), name, **look, **quiet)
+    except HTTP_ERROR as error:
+        raise LizardzooError(
+            f"{name} of {source} did not arrive: {str(error).splitlines()[0].strip()}; try again, and it goes on"
+        ) from error
     if found is None:
         return None
     path = Path(found)
     blob = path.resolve()
     fresh = str(known) != found or look.get("force_download")
-    if fresh and SHA256.fullmatch(blob.name) and file_hash(blob) != blob.name:
+    large = len(blob.name) == 64
+    if (
+        fresh
+        and HASH.fullmatch(blob.name)
+        and blob.name != (file_hash(blob) if large else blob_hash(blob.read_bytes()))
+    ):
         path.unlink()
         blob.unlink(missing_ok=True)
         raise LizardzooError(
-            f"{name} of {source} arrived damaged: its sha256 is not {blob.name[:12]}..., which the Hub announced; "
+            f"{name} of {source} arrived damaged: its hash is not {blob.name[:12]}..., which the Hub announced; "
             f"it was removed, try again"
         )
     return path
@@ -150,3 +170,8 @@ def file_hash(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def blob_hash(content: bytes) -> str:
+    """What git calls a file of this content."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
