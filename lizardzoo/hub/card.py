@@ -29,6 +29,8 @@ from lizardzoo.hub.training import read_recipe
 README, EVALUATION, RECIPE = "README.md", "evaluation.json", "recipe.json"
 MARK = re.compile(r"\n<!-- lizardzoo card ([0-9a-f]{64}) -->\s*$")
 BY_TRANSFORMERS = "This is the model card of a 🤗 transformers model that has been pushed on the Hub."
+TRAINED_ON = "trained_on"
+"""Metadata of our own: the data's names where some are not on the Hub, which its `datasets` may not hold."""
 TEMPLATE = "card.md.jinja"
 SNIPPET = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -134,7 +136,7 @@ def render_card(
         training,
         base=name,
         license=license or kept.get("license") or _license_of(name),
-        datasets=list(datasets) or kept.get("datasets", []),
+        datasets=list(datasets) or kept.get(TRAINED_ON, kept.get("datasets", [])),
         tags=list(tags) or kept.get("tags", []),
         has_tokenizer=any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")),
     )
@@ -195,6 +197,7 @@ def _render(
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(["lizardzoo", "linear-attention", *["constant-memory"] * constant, *tags])),
         datasets=[each for each in datasets if REPO_ID.fullmatch(each)] or None,
+        **({} if all(map(REPO_ID.fullmatch, datasets)) else {TRAINED_ON: datasets}),
         model_name=name,
         eval_results=[EvalResult(**values) for values in results.figures()] or None if results else None,
     )

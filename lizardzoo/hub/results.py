@@ -160,7 +160,7 @@ def read_report(source: Any, folder: Path, row: str | None) -> Results | None:
 def _models(report: Mapping[str, Any]) -> dict[str, str]:
     """The names of the models that a report measures, and where they lay."""
     if report.get("models"):
-        return {str(name): str(place) for place, name in report["models"].items()}
+        return {str(name): str(place) for name, place in report["models"].items()}
     rows = [row for each in (report.get("positions") or {}).values() for row in each["rows"]]
     return {row["name"]: row["name"] for row in rows if not row["without"] and row["model"] != TEACHER}
 
