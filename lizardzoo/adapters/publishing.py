@@ -51,13 +51,20 @@ class Published:
         if push and is_main_process:
             push_folder(save_directory, token=kwargs.get("token"), **arguments)
 
-    def save_difference(self, save_directory: str | Path, base: str | None = None, revision: str | None = None) -> None:
+    def save_difference(
+        self,
+        save_directory: str | Path,
+        base: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> None:
         """Save only what the base does not have, in difference.safetensors; loads by the same calls, base and all.
 
         Args:
             save_directory: gets config.json, generation_config.json, the stub and difference.safetensors.
             base: the Hub id of the model that this one was made from; `config.base_model_name_or_path` by default.
-            revision: of the base; its present commit by default, so that later commits change nothing.
+            revision: of the base, main by default; noted as the commit it is now, so that later ones change nothing.
+            token: for a base that is not public.
 
         Raises:
             LizardzooError: no base is known, or it is of another family. Nothing is written then.
@@ -67,8 +74,9 @@ class Published:
             raise LizardzooError(
                 f"a difference names its base by its id on the Hub, and this model was made from {name!r}; pass base="
             )
-        teacher = _load_base(Base(str(name), revision, ""), self._base_type(), {})
-        found = Base(str(name), revision or getattr(teacher.config, "_commit_hash", None), _hash(teacher))
+        commit = pinned(str(name), revision=revision, token=token)["revision"]
+        teacher = _load_base(Base(str(name), commit, ""), self._base_type(), {"token": token})
+        found = Base(str(name), commit, _hash(teacher))
         config = copy.deepcopy(self.config)
         setattr(config, DIFFERENCE, found.to_dict())
         difference_of(config)  # a revision that could not be loaded again is refused
@@ -123,7 +131,7 @@ class Published:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             if difference:
-                self.save_difference(folder, base)
+                self.save_difference(folder, base, token=token)
             else:
                 self.save_pretrained(folder, max_shard_size=max_shard_size)
             if tokenizer is not None:

@@ -238,7 +238,9 @@ def _limits(specs: Sequence[Any], training: Any, results: Results | None) -> lis
     limits = []
     if windows := sorted({spec.window for spec in converted if hasattr(spec, "window")}):
         size = f"{windows[0]}" if len(windows) == 1 else f"{windows[0]} to {windows[-1]}"
-        limits.append(f"What lies more than {size} tokens back is seen through a memory of fixed size, or not at all.")
+        limits.append(
+            f"Mixers see what lies more than {size} tokens back through a memory of fixed size, or not at all."
+        )
     elif converted:
         limits.append("The past is seen through a memory of fixed size: exact recall from far back may fail.")
     if len(converted) < len(specs) and converted:

@@ -206,7 +206,7 @@ def _pair(cell: Mapping[str, Any]) -> str:
     """Perplexity, and below it KL where there is one."""
     value = cell["perplexity"]
     text = f"{value:.2f}" if value < 1000 else f"{value:.3g}"
-    return text if cell["kl"] is None else f"{text}<br>{cell['kl']:.4f}"
+    return text if cell["kl"] is None else f"{text}<br>{abs(cell['kl']) if abs(cell['kl']) < 5e-5 else cell['kl']:.4f}"
 
 
 def _score(value: Any) -> str:
