@@ -27,7 +27,7 @@ from lizardzoo.adapters import ADAPTERS, is_new_parameter, softmax_mode
 from lizardzoo.adapters.publishing import refuse_misfit
 from lizardzoo.config import LINEARIZED, SpecLike, resolve_layers
 from lizardzoo.errors import LizardzooError
-from lizardzoo.hub.weights import pinned, where
+from lizardzoo.hub.weights import check_object, pinned, where
 
 CALIBRATION_LENGTH = 2048
 CALIBRATION_TOKENS = 4096
@@ -114,8 +114,14 @@ def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
         raise LizardzooError(
             "trust_remote_code=True: lizardzoo.from_pretrained runs no code of a repository; leave it out"
         )
-    source = str(name_or_path)
+    source, file = _place(name_or_path)
+    if file:
+        raise LizardzooError(
+            f"{name_or_path} is a GGUF file, which holds no linearized model; "
+            f"make one with lizardzoo.linearize({str(name_or_path)!r})"
+        )
     look = pinned(source, **where(kwargs))
+    check_object(source, "config.json", **look)
     fields, _ = PreTrainedConfig.get_config_dict(source, **look)
     family = linearized_family(fields)
     if family is None:

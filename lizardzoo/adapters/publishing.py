@@ -20,7 +20,7 @@ from lizardzoo.errors import LizardzooError
 from lizardzoo.hub import Pushed, push_folder, write_card
 from lizardzoo.hub.difference import DIFFERENCE, Base, changed, difference_of, join, on_hub, weights_hash
 from lizardzoo.hub.stub import auto_map, write_stub
-from lizardzoo.hub.weights import find_file, pinned, tensor_shapes, weight_files, where
+from lizardzoo.hub.weights import check_object, find_file, pinned, tensor_shapes, weight_files, where
 
 SHARD_SIZE = "5GB"
 """Largest file of a published model: an interrupted upload goes on with the next file."""
@@ -173,6 +173,7 @@ class Published:
                 f"{name} holds adapter_config.json, by which weights of another model would be loaded; remove it, or "
                 f"load the model that the adapter is for and put it on with peft.PeftModel.from_pretrained"
             )
+        check_object(name, "generation_config.json", **look)
         config = kwargs.get("config")
         if not isinstance(config, PreTrainedConfig):
             config = cls.config_class.from_pretrained(config or name, **look)  # type: ignore[attr-defined]

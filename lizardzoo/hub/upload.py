@@ -105,8 +105,14 @@ def push_folder(
                 create_pr=create_pr,
                 parent_commit=before.sha,  # a commit of another's in between is not mixed with this one
             )
-        except FAILURES:
-            now = None if create_pr else _arrived(api, repo_id, revision, token, before.sha, contents)
+        except FAILURES as error:
+            try:
+                now = None if create_pr else _arrived(api, repo_id, revision, token, before.sha, contents)
+            except FAILURES:
+                raise LizardzooError(
+                    f"it cannot be seen whether {repo_id} was changed: {_line(error, token)}, and the Hub answers no "
+                    f"more; {folder} is whole, push again and only what is missing is sent"
+                ) from error
             if now is None:
                 raise
             return Pushed(repo_id, f"{api.endpoint}/{repo_id}/commit/{now}", now, kept)  # only the answer was lost

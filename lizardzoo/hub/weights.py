@@ -42,6 +42,19 @@ def pinned(source: str | Path, **look: Any) -> dict[str, Any]:
     return look if commit is None or Path(source).is_dir() else {**look, "revision": commit[1]}
 
 
+def check_object(source: str | Path, name: str, **look: Any) -> None:
+    """Refuse a JSON file of a model that holds no object; there need not be one."""
+    path = find_file(source, name, **look)
+    if path is None:
+        return
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise LizardzooError(f"{name} of {source} is not JSON ({error}); save the model again") from error
+    if not isinstance(found, dict):
+        raise LizardzooError(f"{name} of {source} holds no object of names and values; save the model again")
+
+
 def weight_files(source: str | Path, stem: str = "model", variant: str | None = None, **look: Any) -> list[Path]:
     """The safetensors files of a model in a folder or on the Hub, downloaded if need be: one, or all its shards.
 

@@ -84,6 +84,17 @@ def test_an_upload_is_all_there_or_nothing_and_again_completes(
         assert {digest for digest in hub.blobs if digest not in known} == set()
 
 
+def test_where_the_hub_falls_silent_after_a_commit_nothing_is_claimed(hub: LoopbackHub, saved: Path) -> None:
+    hub.put("alice/m", published())
+    hub.fail("POST", "/commit/", Fault.CORRUPT)
+    hub.fail("GET", "^/api/models/alice/m$", Fault.ERROR, times=99, after=1)
+    with pytest.raises(LizardzooError, match=r"^it cannot be seen whether alice/m was changed: .*push again"):
+        push_folder(saved, "alice/m", token="hf_alice")
+    hub.troubles.clear()
+    push_folder(saved, "alice/m", token="hf_alice")
+    assert hub.files("alice/m") | {"README.md": b"any"} == contents(saved) | {"README.md": b"any"}
+
+
 @pytest.mark.parametrize(("request_", "fault", "times"), DOWNLOADS, ids=name)
 def test_a_download_is_the_model_or_an_error_and_again_completes(
     hub: LoopbackHub, saved: Path, request_: tuple[str, str], fault: Fault, times: int, caplog: pytest.LogCaptureFixture

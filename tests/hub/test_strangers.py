@@ -154,6 +154,18 @@ def test_what_a_config_cannot_mean_is_said_before_anything_is_allocated(
     assert largest.elements < 100
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"[]", b"3", b"{", b"\xff", b"[" * 100_000, b'{"a": ' * 9000],
+    ids=["empty", "list", "number", "cut", "no text", "deep list", "deep object"],
+)
+def test_a_json_file_that_is_no_object_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    folder = write(tmp_path, published() | {name: content})
+    with pytest.raises(LizardzooError, match=rf"^{name} of .* (is not JSON|holds no object)[^\n]*$"):
+        lz.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_a_file_of_other_shapes_or_names_is_refused_before_the_model_is_allocated(tmp_path: Path, way: str) -> None:
     folder = write(tmp_path, published())
