@@ -26,7 +26,12 @@ def card(
     recipe: Annotated[
         Path | None, typer.Option(help="The recipe.json of the run; found by itself in a run's final/.")
     ] = None,
-    repo: Annotated[str | None, typer.Option("--repo", help="The Hub id under which it will be loaded.")] = None,
+    repo: Annotated[
+        str | None,
+        typer.Option(
+            "--repo", help="The Hub id that its snippet loads; the folder by default, and `push` puts the id in."
+        ),
+    ] = None,
     base: Annotated[str | None, typer.Option(help="The Hub id of the base model, where the config names none.")] = None,
     license_: Annotated[
         str | None, typer.Option("--license", help="As the Hub knows it (apache-2.0); the base model's by default.")
@@ -89,7 +94,7 @@ def push(
         "force": force,
     }
     own = folder / "README.md"
-    by_hand = own.is_file() and read_card(own.read_text(encoding="utf-8")).by_hand
+    by_hand = own.is_file() and read_card(own.read_text(encoding="utf-8", errors="replace")).by_hand
     if difference:
         if by_hand:
             raise LizardzooError(f"{own} was written by hand, and --difference writes a card of its own; move it away")

@@ -25,6 +25,7 @@ from lizardzoo.errors import LizardzooError
 from lizardzoo.hub.difference import REPO_ID, difference_of, on_hub
 from lizardzoo.hub.results import Results, plain, read_report
 from lizardzoo.hub.training import read_recipe
+from lizardzoo.hub.weights import HTTP_ERROR
 
 README, EVALUATION, RECIPE = "README.md", "evaluation.json", "recipe.json"
 MARK = re.compile(r"\n<!-- lizardzoo card ([0-9a-f]{64}) -->\s*$")
@@ -44,17 +45,15 @@ class Card(NamedTuple):
 
 
 def read_card(text: str) -> Card:
-    """Take a README.md apart; metadata that is no YAML raises LizardzooError."""
+    """Take a README.md apart; metadata that cannot be read are none, and a person's."""
     match = re.match(r"\A---\s*\n(.*?)\n---\s*(?:\n|\Z)(.*)\Z", text, re.DOTALL)
     head, body = (match[1], match[2]) if match else ("", text)
     try:
         data = yaml.safe_load(head) or {}
-    except yaml.YAMLError as error:
-        place = getattr(error, "problem_mark", None)
-        at = f" in line {place.line + 2}" if place else ""
-        raise LizardzooError(f"the metadata of README.md is not YAML{at}; correct it") from error
+    except yaml.YAMLError:
+        data = None
     if not isinstance(data, dict):
-        raise LizardzooError("the metadata of README.md is not a list of names and values; correct it")
+        return Card({}, body, by_hand=True)
     mark = MARK.search(body)
     ours = mark is not None and mark[1] == _hash(data, body[: mark.start()])
     return Card(data, body, not ours and BY_TRANSFORMERS not in body)
@@ -81,7 +80,7 @@ def write_card(folder: str | Path, *, force: bool = False, **given: Any) -> Path
     """
     folder = Path(folder)
     path = folder / README
-    if not force and path.is_file() and read_card(path.read_text(encoding="utf-8")).by_hand:
+    if not force and path.is_file() and read_card(_read(path)).by_hand:
         raise LizardzooError(f"{path} was written or changed by hand; keep it, or replace it with force=True (--force)")
     card = render_card(folder, **given)
     for name, values in ((EVALUATION, card.report), (RECIPE, card.recipe)):
@@ -123,7 +122,7 @@ def render_card(
     """
     folder = Path(folder)
     path = folder / README
-    old = read_card(path.read_text(encoding="utf-8")) if path.is_file() else None
+    old = read_card(_read(path)) if path.is_file() else None
     kept = {} if old is None or old.by_hand else old.data
     config = _read_config(folder)
     results = read_report(report if report is not None else _beside(folder, EVALUATION), folder, row)
@@ -149,8 +148,8 @@ def check_card(text: str) -> list[str]:
     problems = []
     try:
         ModelCardData(**ModelCard(text, ignore_metadata_errors=False).data.to_dict())
-    except (ValueError, TypeError, KeyError) as error:
-        problems.append(f"the metadata cannot be read: {error}")
+    except (yaml.YAMLError, ValueError, TypeError, KeyError) as error:
+        problems.append(f"the metadata cannot be read: {' '.join(str(error).split())}")
     if "license" not in card.data:
         problems.append("no license is named; pass --license, such as apache-2.0")
     if not REPO_ID.fullmatch(str(card.data.get("base_model", ""))):
@@ -284,8 +283,16 @@ def _license_of(base: str | None) -> str | None:
         return None
     try:
         return ModelCard.load(base).data.get("license")
-    except (OSError, ValueError):  # no card, no network, no access: check_card says that the license is missing
+    except (
+        HTTP_ERROR,
+        OSError,
+        ValueError,
+    ):  # no card, no network, no access: check_card says that the license is missing
         return None
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _beside(folder: Path, name: str) -> Path | None:

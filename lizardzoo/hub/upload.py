@@ -157,7 +157,7 @@ def _arrived(
 def _card(folder: Path, repo_id: str) -> str | None:
     """The folder's card under the name it now has; None where a person wrote it. The folder is left as it is."""
     path = folder / README
-    if path.is_file() and read_card(path.read_text(encoding="utf-8")).by_hand:
+    if path.is_file() and read_card(path.read_text(encoding="utf-8", errors="replace")).by_hand:
         return None
     return render_card(folder, repo_id=repo_id).text
 

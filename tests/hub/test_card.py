@@ -169,7 +169,12 @@ def test_the_snippet_runs_as_it_stands(
 def test_what_a_person_wrote_stays(hub: LoopbackHub, student: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_alice")
     ours = write_card(student, license="mit", base="o/b").read_text()
-    by_hand = [OWN, ours.replace("## Limits", "## Known limits"), ours.replace("license: mit", "license: gpl-3.0")]
+    by_hand = [
+        OWN,
+        "---\nlicense: [mit\n---\n# Mine\n",
+        ours.replace("## Limits", "## Known limits"),
+        ours.replace("license: mit", "license: gpl-3.0"),
+    ]
     for text in by_hand:
         assert read_card(text).by_hand
         (student / "README.md").write_text(text)
@@ -212,6 +217,7 @@ def test_check_says_what_is_missing(student: Path) -> None:
     assert "note" not in command("card", student, "--license", "mit", "--base", "o/b")
     text = (student / "README.md").read_text()
     assert check_card(text.replace("import lizardzoo as lz", "import lizardzoo as")) != []
+    assert "the metadata cannot be read" in check_card(text.replace("license: mit", "license: [mit"))[0]
     assert check_card(BLOCK.sub("", text)) == ["there is no Python snippet"]
 
 
