@@ -5,8 +5,8 @@ A third party registers with the decorator, or declares an entry point in its ow
     [project.entry-points."lizardzoo.mixers"]
     toy = "my_package.toy:Toy"
 
-An entry point is loaded when its name is first asked for, importing lizardzoo never
-imports a plug-in, nor does a name that nobody has, out of a config.json from a stranger.
+An entry point is loaded when its own name is first asked for: importing lizardzoo imports no plug-in, nor does a name
+that nobody has, out of a stranger's config.json.
 """
 
 from __future__ import annotations

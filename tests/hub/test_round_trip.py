@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import lizardzoo as lz
 from lizardzoo import LizardzooError
+from lizardzoo.adapters import publishing
 from tests.adapters.families import FAMILIES, teacher
 from tests.hub.server import LoopbackHub
 
@@ -218,3 +219,18 @@ def test_what_was_fetched_loads_offline(hub: LoopbackHub) -> None:
     hub.requests.clear()
     assert torch.equal(logits(lz.from_pretrained("alice/m", local_files_only=True)), logits(model))
     assert hub.requests == []
+
+
+@pytest.mark.usefixtures("alice")
+def test_all_files_of_a_load_are_of_one_commit(hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = student(seed=1), student(seed=2)
+    second.push_to_hub("alice/n")
+    first.push_to_hub("alice/m")
+    look = publishing.find_file
+
+    def meanwhile(source: Any, name: str, **kwargs: Any) -> Any:
+        hub.put("alice/m", hub.files("alice/n"))
+        return look(source, name, **kwargs)
+
+    monkeypatch.setattr(publishing, "find_file", meanwhile)
+    assert torch.equal(logits(lz.from_pretrained("alice/m")), logits(first))
