@@ -121,10 +121,11 @@ def push_folder(
     except LizardzooError:
         raise
     except FAILURES as error:
-        raise LizardzooError(
-            f"{repo_id} was not changed: {_line(error, token)}; {folder} is whole, push again and only what is missing "
-            f"is sent"
-        ) from error
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        way_out = f"{folder} is whole, push again and only what is missing is sent"
+        if status in (401, 403):
+            way_out = "log in with `hf auth login`, or pass a token that may write there"
+        raise LizardzooError(f"{repo_id} was not changed: {_line(error, token)}; {way_out}") from error
     return Pushed(repo_id, str(commit.pr_url or commit.commit_url), commit.oid, kept)
 
 

@@ -177,8 +177,12 @@ def test_a_private_model_opens_with_its_owners_token_only(hub: LoopbackHub) -> N
     for token in (False, "hf_bob"):
         with pytest.raises(OSError, match="alice/m"):
             lz.from_pretrained("alice/m", token=token)
-    with pytest.raises(LizardzooError, match=r"alice/other was not changed: .*rights"):
-        model.push_to_hub("alice/other", token="hf_bob")
+    for token in (False, "hf_bob", "hf_nobody"):
+        with pytest.raises(
+            LizardzooError, match=r"^alice/other was not changed: .*log in with `hf auth login`, or pass"
+        ):
+            model.push_to_hub("alice/other", token=token)
+    assert "alice/other" not in hub.repos
     model.push_to_hub("alice/open")
     with pytest.raises(LizardzooError, match="alice/open exists and is public, private=True asks for a private one"):
         model.push_to_hub("alice/open", private=True)
