@@ -24,6 +24,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from lizardzoo.adapters import ADAPTERS, is_new_parameter, softmax_mode
+from lizardzoo.adapters.limits import clear_errors
 from lizardzoo.adapters.publishing import refuse_misfit
 from lizardzoo.config import LINEARIZED, SpecLike, resolve_layers
 from lizardzoo.errors import LizardzooError
@@ -122,7 +123,8 @@ def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
         )
     look = pinned(source, **where(kwargs))
     check_object(source, "config.json", **look)
-    fields, _ = PreTrainedConfig.get_config_dict(source, **look)
+    with clear_errors():
+        fields, _ = PreTrainedConfig.get_config_dict(source, **look)
     family = linearized_family(fields)
     if family is None:
         raise LizardzooError(

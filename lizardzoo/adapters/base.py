@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from transformers.utils import can_return_tuple
 
 from lizardzoo import mixers as _builtin_mixers  # noqa: F401  registers the mixers that a config.json may name
-from lizardzoo.adapters.limits import check_config, check_layers, clear_errors
+from lizardzoo.adapters.limits import check_config, check_fields, check_layers, clear_errors
 from lizardzoo.adapters.masks import CACHE_KEYWORD, TOKEN_MASK, cache_of, document_starts, softmax_masks, token_mask
 from lizardzoo.adapters.publishing import Published
 from lizardzoo.cache import MIXER_LAYER_TYPE, SLIDING_MIXER_LAYER_TYPE, MixerCacheLayer
@@ -126,7 +126,8 @@ class LizardConfigMixin:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers', of what a stranger may have written: one sentence if it is wrong, no code fetched."""
-        with clear_errors(config_dict):
+        check_fields(config_dict)
+        with clear_errors():
             return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     @classmethod

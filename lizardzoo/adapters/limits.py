@@ -27,6 +27,8 @@ LIMITS = {
 LAYER_LIMITS = {"window": 1 << 17, "keep": 1 << 17, "sinks": 1 << 12, "feature_dim": 1 << 12}
 """The same for a layer's spec; tokens may also be as many as the model has positions."""
 TOKENS = ("window", "keep")
+LABELS = 1 << 16
+FLAGS = ("output_attentions", "output_hidden_states", "use_cache")
 ATTENTION = ("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "experts_implementation")
 """Fields by which a config could have transformers fetch code from the Hub ("someone/kernel")."""
 UNFIT = (
@@ -73,9 +75,8 @@ def check_layers(layers: Sequence[Any], positions: int | None) -> None:
 
 
 @contextmanager
-def clear_errors(fields: dict[str, Any]) -> Iterator[None]:
-    """Around the making of a config from a config.json's fields: whatever is wrong with them becomes one sentence."""
-    _check_fields(fields)
+def clear_errors() -> Iterator[None]:
+    """Around the making of a config from a config.json: whatever is wrong with it becomes one sentence."""
     try:
         yield
     except LizardzooError:
@@ -90,7 +91,7 @@ def first_lines(error: BaseException) -> str:
     return " ".join(lines[:3])[:400] or type(error).__name__
 
 
-def _check_fields(fields: dict[str, Any]) -> None:
+def check_fields(fields: dict[str, Any]) -> None:
     """Refuse what a config.json holds beyond its family's fields and would run, or reach out of its folder."""
     for name in ATTENTION:
         value = fields.get(name)
@@ -104,6 +105,14 @@ def _check_fields(fields: dict[str, Any]) -> None:
             f"config.json: transformers_weights={weights!r} is not supported; the weights lie in model.safetensors "
             f"or its shards: remove the field"
         )
+    labels = fields.get("num_labels")
+    if labels is not None and not _is_size(labels, LABELS):  # transformers writes a list of so many names
+        raise LizardzooError(f"config.json: num_labels={labels!r} must be a whole number from 1 to {LABELS}; remove it")
+    for name in FLAGS:
+        if not isinstance(fields.get(name, False), (bool, type(None))):
+            raise LizardzooError(f"config.json: {name}={fields[name]!r} must be true or false; correct it")
+    if fields.get("return_dict", True) is not True:
+        raise LizardzooError("config.json: return_dict is not true, which is a matter of a call; remove it")
     if fields.get("is_encoder_decoder"):
         raise LizardzooError("config.json: is_encoder_decoder is set, but a linearized model is a decoder; remove it")
     for name in ("dtype", "torch_dtype"):
@@ -125,8 +134,9 @@ def _check_rope(fields: dict[str, Any]) -> None:
         if not isinstance(rope, dict):
             continue
         head_dim = fields.get("head_dim")
-        if head_dim is None and _is_size(fields.get("num_attention_heads"), 1 << 20):
-            head_dim = fields.get("hidden_size", 0) // fields["num_attention_heads"]
+        hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+        if head_dim is None and isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+            head_dim = hidden // heads
         for name in ("short_factor", "long_factor"):
             factors = rope.get(name)
             if isinstance(factors, list) and isinstance(head_dim, int) and len(factors) != head_dim // 2:

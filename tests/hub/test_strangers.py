@@ -70,7 +70,15 @@ ODD: list[Any] = [
     {"rope_type": "llama3"}, {"rope_type": "yarn", "factor": 1e30, "rope_theta": 1e4},
     {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0] * 9, "rope_theta": 1e4},
 ]  # fmt: skip
-MORE = ("attn_implementation", "quantization_config", "rope_scaling", "is_encoder_decoder", "difference", "specs")
+MORE = (
+    "attn_implementation",
+    "quantization_config",
+    "rope_scaling",
+    "is_encoder_decoder",
+    "difference",
+    "specs",
+    "num_labels",
+)
 VALUES = st.one_of(st.sampled_from(ODD), st.integers(-9, 2**17), st.floats(), st.text(max_size=9))
 
 
@@ -119,6 +127,7 @@ def test_any_config_runs_or_is_refused_in_a_sentence_and_takes_no_memory_that_it
     ("fields", "message"),
     [
         ({"hidden_size": -48}, "hidden_size=-48 must be a whole number from 1"),
+        ({"hidden_size": "48", "head_dim": None}, "describes no model: Validation error for field 'hidden_size'"),
         ({"vocab_size": 10**12}, "vocab_size=1000000000000 must be"),
         ({"num_hidden_layers": 10**6, "layers": "softmax"}, "num_hidden_layers=1000000 must be"),
         ({"num_hidden_layers": 900, "layers": "softmax"}, "has 3 layers, and its config.json says 900"),
@@ -137,6 +146,10 @@ def test_any_config_runs_or_is_refused_in_a_sentence_and_takes_no_memory_that_it
         ({"pad_token_id": 10**6}, "describes no model: Padding_idx"),
         ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0], "long_factor": [1.0]}},
          "1 entries in short_factor, and heads of 16 dimensions need 8"),
+        ({"num_labels": 2**40}, "num_labels=1099511627776 must be"),
+        ({"output_hidden_states": "yes"}, "output_hidden_states='yes' must be true or false"),
+        ({"return_dict": False}, "return_dict is not true"),
+        ({"configuration_files": [1]}, "describes no model"),
         ({"is_encoder_decoder": True}, "is_encoder_decoder"),
         ({"quantization_config": {"load_in_4bit": True}}, "names no quant_method"),
         ({"model_type": ["llama"]}, "plain .* model"),
