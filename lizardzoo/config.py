@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import types
 import typing
@@ -17,6 +18,9 @@ from typing import Any, ClassVar, Literal, Union, cast
 
 from lizardzoo.errors import LizardzooError
 from lizardzoo.registry import Registry
+
+LINEARIZED = "lizard_"
+"""What the `model_type` of a linearized model's config starts with; its teacher's follows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,6 +151,34 @@ def resolve_layers(layers: SpecLike | Sequence[SpecLike], num_layers: int) -> li
             f"or a single spec for all of them"
         )
     return [resolve_spec(entry) for entry in layers]
+
+
+def describe_spec(spec: MixerSpec) -> str:
+    """A preset's name where the spec is one, else the mixer's with the fields that are not the default."""
+    for name in PRESETS:
+        if PRESETS.get(name) == spec and name != spec.type_name:
+            return name
+    changed = [
+        f"{field.name}={getattr(spec, field.name)!r}"
+        for field in dataclasses.fields(spec)
+        if getattr(spec, field.name) != field.default
+    ]
+    return " ".join([spec.type_name, *changed])
+
+
+def runs(indices: Sequence[int]) -> str:
+    """Ascending layers as "0-8, 10"."""
+    groups = itertools.groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0])
+    edges = [[index for _, index in group] for _, group in groups]
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in edges)
+
+
+def layer_map(specs: Sequence[MixerSpec]) -> list[tuple[str, str]]:
+    """Runs of equal layers: ("0-8", "recommended"), ("9", "softmax"), ..."""
+    rows = []
+    for text, run in itertools.groupby(enumerate(map(describe_spec, specs)), key=lambda pair: pair[1]):
+        rows.append((runs([index for index, _ in run]), text))
+    return rows
 
 
 @functools.cache

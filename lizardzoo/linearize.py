@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,8 +25,11 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from lizardzoo.adapters import ADAPTERS, is_new_parameter, softmax_mode
-from lizardzoo.config import SpecLike, resolve_layers
+from lizardzoo.adapters.limits import clear_errors
+from lizardzoo.adapters.publishing import refuse_misfit
+from lizardzoo.config import LINEARIZED, SpecLike, resolve_layers
 from lizardzoo.errors import LizardzooError
+from lizardzoo.hub.weights import check_object, pinned, where
 
 CALIBRATION_LENGTH = 2048
 CALIBRATION_TOKENS = 4096
@@ -103,49 +106,72 @@ def linearize(
 def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
     """Load a linearized model, with exactly the parameters that its config asks for.
 
+    Also a difference (`model.save_difference`), together with its base. Only safetensors are read, and no code of a
+    repository is ever run.
+
     Args:
         name_or_path: a folder, or a name on the Hub.
-        **kwargs: for transformers' `from_pretrained`: dtype, device_map, revision, token, ...
+        **kwargs: for transformers' `from_pretrained`: dtype, device_map, revision, token, local_files_only, ...
 
     Returns:
         The model, in eval mode; new parameters are fp32 whatever the dtype.
 
     Raises:
-        LizardzooError: the checkpoint is not a linearized one, its parameters are not exactly the model's, or the
+        LizardzooError: the checkpoint is not a linearized one, its config describes no model, its weights are pickled,
+            damaged or unfinished, or its parameters are not exactly the model's, before anything is allocated; or the
             `attn_implementation` is not installed.
+        OSError: there is no such folder or repository, or it cannot be reached (as transformers').
     """
-    config = read_config(name_or_path, **_hub_kwargs(kwargs))
-    adapter = next((a for a in map(ADAPTERS.get, ADAPTERS) if a.config_class.model_type == config.model_type), None)
-    if adapter is None:
+    if kwargs.pop("trust_remote_code", False):
         raise LizardzooError(
-            f"{name_or_path} holds a plain {config.model_type!r} model, not a linearized one; "
+            "trust_remote_code=True: lizardzoo.from_pretrained runs no code of a repository; leave it out"
+        )
+    source, file = _place(name_or_path)
+    if file:
+        raise LizardzooError(
+            f"{name_or_path} is a GGUF file, which holds no linearized model; "
             f"make one with lizardzoo.linearize({str(name_or_path)!r})"
         )
-    with _readable_weights(name_or_path), _usable_attention(kwargs.get("attn_implementation")):
-        model, info = adapter.from_pretrained(str(name_or_path), output_loading_info=True, **kwargs)
-    problems = [
-        f"{len(names)} {what} (first: {sorted(map(str, names))[0]})"
-        for what, names in (
-            ("missing", info["missing_keys"]),
-            ("unexpected", info["unexpected_keys"]),
-            ("of another shape", info.get("mismatched_keys", ())),
-        )
-        if names
-    ]
-    if problems:
+    look = pinned(source, **where(kwargs))
+    check_object(source, "config.json", **look)
+    with clear_errors():
+        fields, _ = PreTrainedConfig.get_config_dict(source, **look)
+    family = linearized_family(fields)
+    if family is None:
         raise LizardzooError(
-            f"the checkpoint {name_or_path} does not fit its config: parameters {', '.join(problems)}; "
-            f"save the whole model with save_pretrained, or correct `layers` in config.json"
+            f"{source} holds a plain {fields.get('model_type')!r} model, not a linearized one; "
+            f"make one with lizardzoo.linearize({source!r})"
         )
+    with _readable_weights(name_or_path), _usable_attention(kwargs.get("attn_implementation")):
+        model, info = ADAPTERS.get(family).from_pretrained(source, output_loading_info=True, **(kwargs | look))
+    refuse_misfit(
+        source,
+        missing=info["missing_keys"],
+        unexpected=info["unexpected_keys"],
+        reshaped=info.get("mismatched_keys", ()),
+    )
     return model
 
 
-def read_config(source: str | Path, **kwargs: Any) -> PreTrainedConfig:
-    """The config of a model, linearized or not; plug-ins first: transformers may not know their families."""
-    ADAPTERS.names()
+def read_config(source: str | Path, **look: Any) -> PreTrainedConfig:
+    """The config of a model, linearized or not; `look` says where to look, see `lizardzoo.hub.weights.where`.
+
+    Raises:
+        LizardzooError: the config.json of a linearized model describes none; nothing was imported for it then.
+    """
     place, file = _place(source)
+    if not file:
+        fields, _ = PreTrainedConfig.get_config_dict(place, **look)
+        if (family := linearized_family(fields)) is not None:
+            return ADAPTERS.get(family).config_class.from_dict(fields, name_or_path=place)
     with _readable_weights(source):
-        return AutoConfig.from_pretrained(place, **file, **kwargs)
+        return AutoConfig.from_pretrained(place, trust_remote_code=False, **file, **look)
+
+
+def linearized_family(config: PreTrainedConfig | Mapping[str, Any]) -> str | None:
+    """The `model_type` of the teacher of a linearized config, None for any other; loads no plug-in."""
+    model_type = config.get("model_type") if isinstance(config, Mapping) else config.model_type
+    return next((name for name in ADAPTERS if LINEARIZED + name == model_type), None)
 
 
 def read_tokenizer(source: str | Path) -> Any:
@@ -185,13 +211,12 @@ def load_teacher(source: str | Path, dtype: torch.dtype | str = "auto") -> Any:
 
 def find_adapter(config: PreTrainedConfig) -> Any:
     """The linearized class for a teacher's config."""
+    if linearized_family(config) is not None:
+        raise LizardzooError(
+            f"this model is linearized already ({config.model_type}); load its teacher to convert it "
+            f"anew, or use set_window() to change windows"
+        )
     if config.model_type not in ADAPTERS:
-        for name in ADAPTERS:
-            if ADAPTERS.get(name).config_class.model_type == config.model_type:
-                raise LizardzooError(
-                    f"this model is linearized already ({config.model_type}); load its teacher to convert it "
-                    f"anew, or use set_window() to change windows"
-                )
         raise LizardzooError(
             f"cannot linearize a {config.model_type!r} model; supported architectures: {', '.join(ADAPTERS)} "
             f"(CONTRIBUTING says how to add one)"
@@ -312,9 +337,3 @@ def _usable_attention(implementation: str | None) -> Iterator[None]:
             f"attn_implementation={implementation!r} cannot be used here ({str(error).rstrip('.')}); install it, or "
             f"take 'sdpa', which needs nothing"
         ) from error
-
-
-def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The part of from_pretrained's arguments that says where to look."""
-    names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
-    return {name: kwargs[name] for name in names if name in kwargs}

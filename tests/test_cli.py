@@ -13,8 +13,8 @@ import lizardzoo as lz
 from lizardzoo import evaluate
 from lizardzoo.cache import kv_bytes, state_bytes
 from lizardzoo.cli import app
-from lizardzoo.cli.models import describe_spec, layer_map, read_layers
-from lizardzoo.config import MIXERS, PRESETS
+from lizardzoo.cli.models import read_layers
+from lizardzoo.config import MIXERS, PRESETS, describe_spec, layer_map
 from lizardzoo.distill.recipe import RECIPES, Finetune, Recipe, Stage
 from lizardzoo.errors import LizardzooError
 from lizardzoo.evaluate.report import human_bytes

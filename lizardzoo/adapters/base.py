@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCac
 from transformers.utils import can_return_tuple
 
 from lizardzoo import mixers as _builtin_mixers  # noqa: F401  registers the mixers that a config.json may name
+from lizardzoo.adapters.limits import check_config, check_fields, check_layers, clear_errors
 from lizardzoo.adapters.masks import (
     CACHE_KEYWORD,
     TOKEN_MASK,
@@ -27,8 +28,9 @@ from lizardzoo.adapters.masks import (
     softmax_masks,
     token_mask,
 )
+from lizardzoo.adapters.publishing import Published
 from lizardzoo.cache import MIXER_LAYER_TYPE, SLIDING_MIXER_LAYER_TYPE, MixerCacheLayer, prefetch_next
-from lizardzoo.config import MIXERS, MixerSpec, resolve_layers
+from lizardzoo.config import LINEARIZED, MIXERS, MixerSpec, resolve_layers
 from lizardzoo.errors import LizardzooError
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
 from lizardzoo.registry import Registry
@@ -56,10 +58,19 @@ def register_adapter(model_type: str) -> Callable[[Model], Model]:
 
     def decorate(model_class: Model) -> Model:
         model: Any = model_class
+        ADAPTERS.add(model_type, model_class)
+        if model.config_class.model_type != LINEARIZED + model_type:
+            ADAPTERS.remove(model_type)
+            raise LizardzooError(
+                f"the config of the {model_type!r} adapter has model_type={model.config_class.model_type!r}; "
+                f"name it {LINEARIZED + model_type!r}, by which its checkpoints are found"
+            )
+        for cls in (model.base_model_class, model):
+            cls.published_classes = (model.config_class, model.base_model_class, model)
         AutoConfig.register(model.config_class.model_type, model.config_class, exist_ok=True)
         AutoModel.register(model.config_class, model.base_model_class, exist_ok=True)
         AutoModelForCausalLM.register(model.config_class, model, exist_ok=True)
-        return ADAPTERS.add(model_type, model)
+        return model_class
 
     return decorate
 
@@ -82,6 +93,7 @@ class LizardConfigMixin:
     teacher_layer_types: list[str] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_config(self)
         super().__post_init__(**kwargs)  # type: ignore[misc]
         self.normalize_layers()
 
@@ -124,6 +136,13 @@ class LizardConfigMixin:
 
     def validate_layer_type(self) -> None:
         """transformers knows its own layer types only."""
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', of what a stranger may have written: one sentence if it is wrong, no code fetched."""
+        check_fields(config_dict)
+        with clear_errors():
+            return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
@@ -331,8 +350,8 @@ class LayerwiseMasks(nn.Module):
         )
 
 
-class MixedPreTrained:
-    """Mixin for a family's PreTrainedModel: start values and dtype of the new parameters."""
+class MixedPreTrained(Published):
+    """Mixin for a family's PreTrainedModel: start values and dtype of the new parameters, and how it is published."""
 
     _keep_in_fp32_modules_strict: ClassVar[list[str]] = ["self_attn.mixer"]
 
@@ -402,6 +421,7 @@ class MixedForCausalLM:
             raise LizardzooError(f"the model has {len(targets)} layers with a window, got {len(windows)} windows")
         for index, size in zip(targets, windows, strict=True):
             specs[index] = replace(specs[index], window=size)
+        check_layers(specs, self.config.max_position_embeddings)
         for index, mixer in self.mixers().items():
             mixer.spec = specs[index]
         self.config.layers = [spec.to_dict() for spec in specs]

@@ -15,7 +15,6 @@ from lizardzoo.cli.models import (
     Dtype,
     DtypeOption,
     is_linearized,
-    layer_map,
     load_config,
     load_model,
     load_tokenizer,
@@ -23,6 +22,7 @@ from lizardzoo.cli.models import (
     read_layers,
 )
 from lizardzoo.cli.plan import print_plan
+from lizardzoo.config import layer_map
 from lizardzoo.distill import distill as run_distill
 from lizardzoo.distill import recipe_from
 from lizardzoo.distill.processes import is_first

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
 import json
 import runpy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -16,7 +14,7 @@ import torch
 import typer
 
 from lizardzoo.cli.base import err, one_line
-from lizardzoo.config import PRESETS, MixerSpec, resolve_layers
+from lizardzoo.config import MixerSpec, resolve_layers
 from lizardzoo.errors import LizardzooError
 from lizardzoo.linearize import from_pretrained, load_teacher, read_config, read_tokenizer
 from lizardzoo.mixers.softmax import Softmax
@@ -121,31 +119,3 @@ def _read_indices(text: str, num_layers: int) -> list[int]:
     if wrong := [index for index in indices if index >= num_layers]:
         raise LizardzooError(f"--softmax names layer {wrong[0]}, but the model's layers are 0 to {num_layers - 1}")
     return indices
-
-
-def describe_spec(spec: MixerSpec) -> str:
-    """A preset's name where the spec is one, else the mixer's with the fields that are not the default."""
-    for name in PRESETS:
-        if PRESETS.get(name) == spec and name != spec.type_name:
-            return name
-    changed = [
-        f"{field.name}={getattr(spec, field.name)!r}"
-        for field in dataclasses.fields(spec)
-        if getattr(spec, field.name) != field.default
-    ]
-    return " ".join([spec.type_name, *changed])
-
-
-def runs(indices: Sequence[int]) -> str:
-    """Ascending layers as "0-8, 10"."""
-    groups = itertools.groupby(enumerate(indices), key=lambda pair: pair[1] - pair[0])
-    edges = [[index for _, index in group] for _, group in groups]
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in edges)
-
-
-def layer_map(specs: Sequence[MixerSpec]) -> list[tuple[str, str]]:
-    """Runs of equal layers: ("0-8", "recommended"), ("9", "softmax"), ..."""
-    rows = []
-    for text, run in itertools.groupby(enumerate(map(describe_spec, specs)), key=lambda pair: pair[1]):
-        rows.append((runs([index for index, _ in run]), text))
-    return rows

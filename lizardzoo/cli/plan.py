@@ -9,9 +9,8 @@ import torch
 from rich.markup import escape
 
 from lizardzoo.cli.base import err, out
-from lizardzoo.cli.models import layer_map
 from lizardzoo.cli.show import make_table, memory_table, parameter_table
-from lizardzoo.config import MixerSpec
+from lizardzoo.config import MixerSpec, layer_map
 from lizardzoo.distill.recipe import Recipe
 from lizardzoo.evaluate.report import human_bytes
 from lizardzoo.streaming import empty_student

@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 from lizardzoo.adapters import ADAPTERS, is_new_parameter
 from lizardzoo.cache import kv_bytes, state_bytes
 from lizardzoo.cli.base import app, out
-from lizardzoo.cli.models import is_linearized, layer_map, load_config, runs
-from lizardzoo.config import MIXERS, PRESETS, MixerSpec
+from lizardzoo.cli.models import is_linearized, load_config
+from lizardzoo.config import MIXERS, PRESETS, MixerSpec, layer_map, runs
 from lizardzoo.distill.recipe import RECIPES, Finetune
 from lizardzoo.evaluate.ablation import mixers_of
 from lizardzoo.evaluate.report import LENGTHS, human_bytes

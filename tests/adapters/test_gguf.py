@@ -83,6 +83,8 @@ def test_quantized_weights_become_plain_ones(family: str, tmp_path: Path) -> Non
     student(ids, labels=ids).loss.backward()
     student.save_pretrained(tmp_path / "student")
     assert torch.equal(lz.from_pretrained(tmp_path / "student").lm_head.weight, student.lm_head.weight)
+    with pytest.raises(LizardzooError, match=r"is a GGUF file, which holds no linearized model; make one with"):
+        lz.from_pretrained(file)
 
 
 def test_a_checkpoint_without_all_weights_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,292 @@
+"""How a linearized model is saved, published and loaded: transformers' own ways, with a stub, a card and no pickles."""
+
+from __future__ import annotations
+
+import copy
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers.initialization import no_init_weights
+
+from lizardzoo.adapters.limits import UNFIT, first_lines
+from lizardzoo.config import LINEARIZED
+from lizardzoo.errors import LizardzooError
+from lizardzoo.hub import Pushed, push_folder, write_card
+from lizardzoo.hub.difference import DIFFERENCE, Base, changed, difference_of, join, on_hub, weights_hash
+from lizardzoo.hub.stub import auto_map, write_stub
+from lizardzoo.hub.weights import check_object, find_file, pinned, tensor_shapes, weight_files, where
+
+SHARD_SIZE = "5GB"
+"""Largest file of a published model: an interrupted upload goes on with the next file."""
+
+
+class Published:
+    """Mixin of all linearized models."""
+
+    config: Any
+    published_classes: ClassVar[tuple[type, ...]] = ()
+    """Config, base model and causal LM of the family; `register_adapter` sets it."""
+
+    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
+        """As transformers', and beside it the stub by which the folder loads with trust_remote_code=True."""
+        push = kwargs.pop("push_to_hub", False)
+        arguments: dict[str, Any] = {}
+        if push:
+            arguments = {
+                name: kwargs.pop(name) for name in ("commit_message", "create_pr", "private") if name in kwargs
+            }
+            arguments["repo_id"] = kwargs.pop("repo_id", Path(save_directory).name)
+        if self.published_classes:
+            self.config.auto_map = auto_map(*self.published_classes)
+        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)  # type: ignore[misc]
+        saved = is_main_process and (Path(save_directory) / "config.json").is_file()  # an adapter alone has none
+        if saved and self.published_classes:
+            write_stub(save_directory, self.published_classes)
+        if push and is_main_process:
+            push_folder(save_directory, token=kwargs.get("token"), **arguments)
+
+    def save_difference(
+        self,
+        save_directory: str | Path,
+        base: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> None:
+        """Save only what the base does not have, in difference.safetensors; loads by the same calls, base and all.
+
+        Args:
+            save_directory: gets config.json, generation_config.json, the stub and difference.safetensors.
+            base: the Hub id of the model that this one was made from; `config.base_model_name_or_path` by default.
+            revision: of the base, main by default; noted as the commit it is now, so that later ones change nothing.
+            token: for a base that is not public.
+
+        Raises:
+            LizardzooError: no base is known, or it is of another family. Nothing is written then.
+        """
+        name = base or getattr(self.config, "base_model_name_or_path", None)
+        if not on_hub(name):
+            raise LizardzooError(
+                f"a difference names its base by its id on the Hub, and this model was made from {name!r}; pass base="
+            )
+        commit = pinned(str(name), revision=revision, token=token)["revision"]
+        teacher = _load_base(Base(str(name), commit, ""), self._base_type(), {"token": token})
+        found = Base(str(name), commit, _hash(teacher))
+        config = copy.deepcopy(self.config)
+        setattr(config, DIFFERENCE, found.to_dict())
+        difference_of(config)  # a revision that could not be loaded again is refused
+        tensors = changed(self.state_dict(), teacher.state_dict())  # type: ignore[attr-defined]
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config.dtype = str(self.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
+        config.architectures = [type(self).__name__]
+        config.auto_map = auto_map(*self.published_classes)
+        save_file(tensors, folder / f"{DIFFERENCE}.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(folder)
+        self.generation_config.save_pretrained(folder)  # type: ignore[attr-defined]
+        write_stub(folder, self.published_classes)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        tokenizer: Any = None,
+        difference: bool = False,
+        base: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload model",
+        commit_description: str | None = None,
+        create_pr: bool = False,
+        max_shard_size: str | int = SHARD_SIZE,
+        report: Any = None,
+        recipe: Any = None,
+        license: str | None = None,
+        datasets: Sequence[str] = (),
+        tags: Sequence[str] = (),
+        force: bool = False,
+    ) -> Pushed:
+        """Publish the model with its card, in one commit; trying again after an interruption sends what is missing.
+
+        Args:
+            repo_id: "me/name"; made if it is not there.
+            tokenizer: travels along.
+            difference: publish only what differs from the base (see `save_difference`).
+            base: the Hub id of the base model; `config.base_model_name_or_path` by default.
+            private, token, revision, commit_message, commit_description, create_pr: as transformers'; private=True for
+                a repository that is public already is refused.
+            max_shard_size: the largest weight file.
+            report, recipe, license, datasets, tags: for the card, see `lizardzoo.hub.write_card`.
+            force: replace a README.md on the Hub that was written by hand; otherwise it stays.
+
+        Raises:
+            LizardzooError: the Hub refuses or fails; the repository is as it was.
+        """
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            if difference:
+                self.save_difference(folder, base, token=token)
+            else:
+                self.save_pretrained(folder, max_shard_size=max_shard_size)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            facts = {"base": base, "license": license, "datasets": datasets, "tags": tags}
+            write_card(folder, repo_id=repo_id, report=report, recipe=recipe, force=True, **facts)
+            return push_folder(
+                folder,
+                repo_id,
+                private=private,
+                token=token,
+                revision=revision,
+                commit_message=commit_message,
+                commit_description=commit_description,
+                create_pr=create_pr,
+                force=force,
+            )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', from safetensors only, strict about every parameter; a difference gets its base.
+
+        Raises:
+            LizardzooError: pickled weights, an unfinished or damaged checkpoint, parameters that are not exactly the
+                config's (before anything is allocated), or a base that is not the one the difference was made to.
+        """
+        name = pretrained_model_name_or_path
+        parent: Any = super()
+        adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")  # one that was asked for
+        if name is None or kwargs.get("state_dict") is not None or kwargs.get("gguf_file") is not None:
+            return parent.from_pretrained(name, *args, **kwargs)
+        if kwargs.get("use_safetensors") is False:
+            raise LizardzooError("use_safetensors=False asks for pickled weights, which run code; leave it out")
+        look = pinned(name, **where(kwargs))
+        kwargs |= {key: value for key, value in look.items() if key != "force_download"}  # what was forced has come
+        kwargs.pop("force_download", None)
+        if adapter is None and find_file(name, "adapter_config.json", **look) is not None:
+            raise LizardzooError(
+                f"{name} holds adapter_config.json, by which weights of another model would be loaded; remove it, or "
+                f"load the model that the adapter is for and put it on with peft.PeftModel.from_pretrained"
+            )
+        check_object(name, "generation_config.json", **look)
+        config = kwargs.get("config")
+        if not isinstance(config, PreTrainedConfig):
+            config = cls.config_class.from_pretrained(config or name, **look)  # type: ignore[attr-defined]
+        difference = difference_of(config)
+        if difference is not None:
+            return cls._from_difference(name, difference, config, args, kwargs)
+        files = weight_files(name, variant=kwargs.get("variant"), **look)
+        renamed = kwargs.get("key_mapping") or kwargs.get("ignore_mismatched_sizes")
+        if not renamed and getattr(config, "quantization_config", None) is None:
+            cls.check_fit(config, tensor_shapes(files), name)
+        return parent.from_pretrained(name, *args, **kwargs, **({} if "use_safetensors" in kwargs else SAFE))
+
+    @classmethod
+    def check_fit(cls, config: Any, found: Mapping[str, Any], source: Any) -> None:
+        """Refuse a causal LM whose file does not hold exactly its parameters, in their shapes."""
+        if not hasattr(cls, "base_model_class"):
+            return  # a base model may be read from a causal LM's file
+        indices = [int(match[1]) for name in found if (match := re.search(r"\.layers\.(\d+)\.", name))]
+        if indices and max(indices) + 1 != config.num_hidden_layers:  # before that many are built
+            raise LizardzooError(
+                f"the checkpoint {source} has {max(indices) + 1} layers, and its config.json says "
+                f"{config.num_hidden_layers}; save the whole model with save_pretrained, or correct the config"
+            )
+        config = copy.deepcopy(config)
+        try:
+            with torch.device("meta"), no_init_weights():
+                build: Any = cls
+                model = build(config)
+        except (*UNFIT, ImportError) as error:
+            if isinstance(error, LizardzooError):
+                raise
+            raise LizardzooError(f"the config of {source} describes no model: {first_lines(error)}") from error
+        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        refuse_misfit(
+            source,
+            missing=expected.keys() - found.keys() - tied,
+            unexpected=found.keys() - expected.keys(),
+            reshaped=[name for name in expected.keys() & found.keys() if expected[name] != tuple(found[name])],
+        )
+
+    @classmethod
+    def _from_difference(cls, source: Any, base: Base, config: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        look = where(kwargs)
+        (file,) = weight_files(source, stem=DIFFERENCE, **look)
+        config = copy.deepcopy(config)
+        delattr(config, DIFFERENCE)
+        shapes = tensor_shapes([file])
+        elsewhere = {name: value for name, value in look.items() if name not in ("revision", "subfolder")}
+        teacher = _load_base(base, cls._base_type(), elsewhere)
+        if _hash(teacher) != base.sha256:
+            raise LizardzooError(
+                f"{base.name} (revision {base.revision or 'main'}) is not the base that {source} was made to: its "
+                f"weights have another sha256 than {base.sha256[:12]}...; ask the author which revision it was"
+            )
+        tensors = teacher.state_dict()
+        cls.check_fit(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()} | shapes, source)
+        dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
+        joined = join(tensors, load_file(file), dtype)
+        wanted = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        rest = {
+            name: value
+            for name, value in kwargs.items()
+            if name not in (*look, "config", "dtype", "torch_dtype", "use_safetensors", "force_download", "variant")
+        }
+        parent: Any = super()
+        loaded = parent.from_pretrained(
+            None, *args, config=config, state_dict=joined, dtype=dtype if wanted in (None, "auto") else wanted, **rest
+        )
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        model.config._name_or_path = model.name_or_path = str(source)
+        if (generation := find_file(source, "generation_config.json", **look)) is not None:
+            model.generation_config = GenerationConfig.from_pretrained(generation.parent)
+        return loaded
+
+    @classmethod
+    def _base_type(cls) -> str:
+        return str(cls.config_class.model_type).removeprefix(LINEARIZED)  # type: ignore[attr-defined]
+
+
+SAFE = {"use_safetensors": True}
+
+
+def refuse_misfit(source: Any, *, missing: Any, unexpected: Any, reshaped: Any = ()) -> None:
+    """Raise the one error of a checkpoint whose parameters are not exactly the model's."""
+    problems = [
+        f"{len(names)} {what} (first: {sorted(map(str, names))[0]})"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
+        if names
+    ]
+    if problems:
+        raise LizardzooError(
+            f"the checkpoint {source} does not fit its config: parameters {', '.join(problems)}; "
+            f"save the whole model with save_pretrained, or correct `layers` in config.json"
+        )
+
+
+def _load_base(base: Base, model_type: str, look: Mapping[str, Any]) -> Any:
+    """The base, in its own dtype, if it is of that family."""
+    config = AutoConfig.from_pretrained(base.name, revision=base.revision, trust_remote_code=False, **look)
+    if config.model_type != model_type:
+        raise LizardzooError(
+            f"the base {base.name} is a {config.model_type!r} model, and this one was made from a {model_type!r} one; "
+            f"name the right base"
+        )
+    return AutoModelForCausalLM.from_pretrained(
+        base.name, revision=base.revision, dtype="auto", trust_remote_code=False, use_safetensors=True, **look
+    )
+
+
+def _hash(teacher: Any) -> str:
+    """Of a base's weights; a tied head is the embedding and is not counted again."""
+    tensors = dict(teacher.state_dict())
+    if teacher.config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    return weights_hash(tensors)

@@ -1,0 +1,94 @@
+"""A difference: what of a linearized model is not its base's, in one small file beside a config that names the base.
+
+`difference.safetensors` holds every tensor that the base does not have (the mixers') or has otherwise (projections that
+LoRA was merged into), as it is. Low-rank factors would be smaller, but a merge is rounded, and not everywhere alike:
+only the tensors themselves give back the model bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lizardzoo.errors import LizardzooError
+
+DIFFERENCE = "difference"
+"""The key in config.json, and the stem of the file."""
+REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def on_hub(name: Any) -> bool:
+    """Whether a name is a model's id on the Hub, and no folder of this machine."""
+    return isinstance(name, str) and bool(REPO_ID.fullmatch(name)) and ".." not in name and not Path(name).exists()
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a difference is to: a Hub id, a revision of it, and the hash of all its weights."""
+
+    name: str
+    revision: str | None
+    sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return {"base": self.name, "revision": self.revision, "sha256": self.sha256}
+
+
+def difference_of(config: Any) -> Base | None:
+    """The base that a config (or its dict) names; None for a whole model."""
+    found = config.get(DIFFERENCE) if isinstance(config, Mapping) else getattr(config, DIFFERENCE, None)
+    if found is None:
+        return None
+    given = dict(found) if isinstance(found, Mapping) else {}
+    name, revision, sha256 = (given.get(key) for key in ("base", "revision", "sha256"))
+    if (
+        not isinstance(name, str)
+        or not REPO_ID.fullmatch(name)
+        or ".." in name
+        or not (revision is None or (isinstance(revision, str) and re.fullmatch(r"[\w./-]+", revision)))
+        or not (isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256))
+    ):
+        raise LizardzooError(
+            f"config.json: difference={found!r} is not a base: a Hub id, a revision or null, and the sha256 of its "
+            f"weights; save it again with save_difference"
+        )
+    return Base(name, revision, sha256)
+
+
+@torch.no_grad()
+def weights_hash(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of all names, dtypes, shapes and bytes, in the order of the names: not of how they lie in files."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def changed(model: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of `model` is not bit for bit `base` cast to its dtype; contiguous copies that share nothing."""
+
+    def same(name: str, tensor: Tensor) -> bool:
+        other = base.get(name)
+        if other is None or other.shape != tensor.shape:
+            return False
+        cast = other.to(tensor)
+        return torch.equal(cast.contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
+
+    return {name: tensor.detach().cpu().clone() for name, tensor in model.items() if not same(name, tensor)}
+
+
+def join(base: Mapping[str, Tensor], difference: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The model's tensors: the base's, cast as the model's are, and what differs."""
+    kept = {name: tensor.detach().to(dtype) for name, tensor in base.items() if name not in difference}
+    return {**kept, **difference}
