@@ -48,18 +48,20 @@ def state_of(teacher: Any, spec: MixerSpec) -> int:
     return sum(x.nbytes for x in {id(x): x for x in state_tensors(state)}.values())
 
 
-def at_state_of(spec: Any, other: MixerSpec) -> Callable[[Any], MixerSpec]:
-    """The spec with the largest window that takes no more bytes of state than another spec."""
+def at_state_of(spec: Any, other: MixerSpec, field: str = "window") -> Callable[[Any], MixerSpec]:
+    """The spec with the largest window (or other field) that takes no more bytes of state than another spec."""
 
     def make(teacher: Any) -> MixerSpec:
         budget = state_of(teacher, other)
         low, high = 0, MAX_SIZE
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if state_of(teacher, replace(spec, window=middle)) <= budget else (low, middle)
+            low, high = (
+                (middle, high) if state_of(teacher, replace(spec, **{field: middle})) <= budget else (low, middle)
+            )
         if low == 0:
-            raise SystemExit(f"{spec} has more state than {other} with any window")
-        return replace(spec, window=low)
+            raise SystemExit(f"{spec} has more state than {other} with any {field}")
+        return replace(spec, **{field: low})
 
     return make
 
@@ -82,9 +84,21 @@ def wide(window: int) -> list[Variant]:
     ]
 
 
+HEAVY = at_state_of(lz.Heavy(window=128), RECOMMENDED, "heavy")
+
 VARIANTS: list[Variant] = [
     Variant("recommended", RECOMMENDED, ""),
     Variant("bare", at_state_of(lz.Window(keep=4), RECOMMENDED), "a bare window with as many bytes of state"),
+    Variant("heavy", HEAVY, "a window of 128 and the tokens that drew most attention in it, as many bytes"),
+    Variant(
+        "heavy-window-64",
+        at_state_of(lz.Heavy(window=64), RECOMMENDED, "heavy"),
+        "the same with a window of 64 and more of those tokens",
+    ),
+    *(
+        Variant(f"heavy-softmax-{count}", HEAVY, f"heavy, softmax kept in {count} layers", softmax=count)
+        for count in (2, 4)
+    ),
     Variant("lizard", PRESETS.get("lizard"), "the paper's formula"),
     Variant("lizard-rope", PRESETS.get("lizard-rope"), "the paper's, with RoPE in the window"),
     Variant("lolcats", PRESETS.get("lolcats"), "LoLCATs'"),

@@ -11,13 +11,14 @@ from lizardzoo.diagnose import diagnose
 from lizardzoo.distill import distill
 from lizardzoo.errors import LizardzooError
 from lizardzoo.linearize import from_pretrained, linearize
-from lizardzoo.mixers import GatedLinear, Hybrid, Softmax, Window
+from lizardzoo.mixers import GatedLinear, Heavy, Hybrid, Softmax, Window
 from lizardzoo.selection import select_layers, select_windows
 from lizardzoo.streaming import linearize_checkpoint
 
 __version__ = "0.1.0"
 __all__ = [
     "GatedLinear",
+    "Heavy",
     "Hybrid",
     "LizardzooError",
     "MixerSpec",

@@ -34,6 +34,7 @@ from lizardzoo.kernels.gated_linear import (
     gated_linear_attention,
     gated_linear_attention_step,
 )
+from lizardzoo.kernels.heavy import HeavyState, heavy_attention, heavy_attention_step
 from lizardzoo.kernels.hybrid import HybridState, hybrid_attention, hybrid_attention_step
 from lizardzoo.kernels.rotary import rotate
 from lizardzoo.kernels.token_gates import token_gates
@@ -42,11 +43,14 @@ from lizardzoo.kernels.window import WindowState, window_attention, window_atten
 __all__ = [
     "FeatureMap",
     "GatedLinearState",
+    "HeavyState",
     "HybridState",
     "Impl",
     "WindowState",
     "gated_linear_attention",
     "gated_linear_attention_step",
+    "heavy_attention",
+    "heavy_attention_step",
     "hybrid_attention",
     "hybrid_attention_step",
     "rotate",

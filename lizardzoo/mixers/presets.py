@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from lizardzoo.config import register_preset
 from lizardzoo.mixers.gated_linear import GatedLinear
+from lizardzoo.mixers.heavy import Heavy
 from lizardzoo.mixers.hybrid import Hybrid
 from lizardzoo.mixers.softmax import Softmax
 from lizardzoo.mixers.window import Window
@@ -29,5 +30,6 @@ register_preset(
 )  # fmt: skip
 register_preset("gated-linear", GatedLinear())
 register_preset("window", Window())
+register_preset("heavy", Heavy())
 register_preset("softmax", Softmax())
 register_preset("recommended", Hybrid())

@@ -5,7 +5,7 @@ Needs the `test` extra, but no test runner.
 
 from lizardzoo.testing.conformance import MODEL_LAWS, Case, check_model, check_model_law, tiny_teacher
 from lizardzoo.testing.laws import LAWS, check_law, check_mixer, random_mixer
-from lizardzoo.testing.oracles import gated_linear_oracle, hybrid_oracle, visible_pairs, window_oracle
+from lizardzoo.testing.oracles import gated_linear_oracle, heavy_oracle, hybrid_oracle, visible_pairs, window_oracle
 from lizardzoo.testing.strategies import layer_lists, mixer_inputs, specs, token_flags
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "check_model",
     "check_model_law",
     "gated_linear_oracle",
+    "heavy_oracle",
     "hybrid_oracle",
     "layer_lists",
     "mixer_inputs",

@@ -126,6 +126,42 @@ def hybrid_oracle(
     return _attend(q, v, both, scores, sinks)
 
 
+def heavy_oracle(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_mass: Tensor,
+    *,
+    window: int,
+    heavy: int,
+    keep: int = 0,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`lizardzoo.kernels.heavy_attention` from its equation, float64: the same arguments, y and log_mass."""
+    mask, starts = _flags(q, mask, starts)
+    scores = _softmax_scores(q, k, scale)
+    groups, found = q.shape[2] // k.shape[2], []
+    for head in range(k.shape[2]):
+        queries = range(head * groups, (head + 1) * groups)
+        seen = []
+        for b in range(q.shape[0]):
+            drawn: dict[int, float] = {}
+            candidates = visible_pairs(mask, starts, b, lag=window, skip=keep)
+            older = visible_pairs(mask, starts, b, lag=max(1, window // 8))
+            near = visible_pairs(mask, starts, b, window=window)
+            for i in range(q.shape[1]):
+                for t in set(older[i]) & set(near[i]):
+                    weights = (scores(b, h, i, [t]) - log_mass[b, i, h] for h in queries)
+                    drawn[t] = drawn.get(t, 0.0) + sum((2 * w).exp().item() for w in weights)
+            best = [sorted(each, key=lambda t: (drawn.get(t, 0.0), t))[-heavy:] for each in candidates]
+            seen.append(best)
+        own_q, own_k, own_v = q[:, :, queries.start : queries.stop], k[:, :, [head]], v[:, :, [head]]
+        found.append(_attend(own_q, own_v, seen, _softmax_scores(own_q, own_k, scale), None))
+    return torch.cat([y for y, _ in found], 2), torch.cat([m for _, m in found], 2)
+
+
 Scores = Callable[[int, int, int, list[int]], Tensor]
 """The logarithms of the weights of the keys seen by query i of head h in row b."""
 

@@ -21,7 +21,13 @@ SHAPES = (
     AttentionShape(hidden_size=6, heads=3, kv_heads=1, head_dim=4, scale=0.5),
     AttentionShape(hidden_size=6, heads=4, kv_heads=2, head_dim=2, scale=0.7),
 )
-SIZES = {"feature_dim": (None, 1, 4, 6), "window": (1, 3, 5, 40), "keep": (0, 1, 3), "sinks": (0, 2)}
+SIZES = {
+    "feature_dim": (None, 1, 4, 6),
+    "window": (1, 3, 5, 40),
+    "keep": (0, 1, 3),
+    "sinks": (0, 2),
+    "heavy": (1, 2, 5),
+}
 
 
 class TokenFlags(NamedTuple):

@@ -1,0 +1,131 @@
+"""Attention to a few tokens of the far past: those that drew most attention while they were in the window.
+
+After H2O (Heavy-Hitter Oracle, arXiv:2306.14048), which ranks by the sum of a token's attention weights for as long as
+it is held. Here a token's rank is settled when it leaves the window, so that a whole sequence is computed at once, and
+weights are squared: one query that needs a token tells more than many that touch it.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lizardzoo.errors import LizardzooError
+from lizardzoo.kernels.dispatch import check_qkv, check_token_flags
+from lizardzoo.kernels.heavy import reference
+from lizardzoo.kernels.heavy.state import HeavyState, init_state
+from lizardzoo.kernels.state import check_in_place
+from lizardzoo.kernels.window import WindowState
+
+__all__ = ["HeavyState", "heavy_attention", "heavy_attention_step", "init_state"]
+
+OP = "heavy_attention"
+
+
+def heavy_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_mass: Tensor,
+    *,
+    window: int,
+    heavy: int,
+    keep: int = 0,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    starts: Tensor | None = None,
+    past: WindowState | None = None,
+    state: HeavyState | None = None,
+    return_state: bool = True,
+) -> tuple[Tensor, Tensor, HeavyState | None]:
+    """Attend to the `heavy` tokens that drew most attention, of those that `window_attention` sees no more.
+
+        y_i = sum_{t in E_i} e^{s_it} v_t / sum_{t in E_i} e^{s_it},  s_it = scale q_i . k_t
+        E_i = the `heavy` tokens of highest score_t among t <= i - window of i's document, less its first `keep` ones
+        score_t = sum_{i = t + max(1, window // 8)}^{t + window - 1} sum_h e^{2 (s_it - log_mass_ih)}
+
+    h: the query heads that share t's key head, each of which chooses for itself. Of equal scores the later one counts
+    more. No gradient flows into the choice. The same in plain PyTorch on every device.
+
+    Args:
+        q, k, v: [B, T, H, D], [B, T, Hkv, D], [B, T, Hkv, Dv], rotated as for `window_attention`.
+        log_mass: [B, T, H], what `window_attention` returns for the same queries.
+        window: the window's size.
+        heavy: tokens held for each key head, at least 1.
+        keep: first tokens of a document, which the window holds for ever.
+        scale: of the scores; D ** -0.5 unless given.
+        mask, starts: [B, T] bool; see `lizardzoo.kernels`.
+        past: the window's state BEFORE these tokens; given if and only if `state` is.
+        state: from an earlier call, to go on behind it.
+        return_state: False saves the work when nothing follows.
+
+    Returns:
+        y [B, T, H, Dv] in q's dtype, log_mass [B, T, H] of what is held, and the state (None unless wanted).
+
+    Raises:
+        LizardzooError: shapes, dtypes or sizes that do not fit.
+    """
+    _check(q, k, v, log_mass, window, heavy, keep, past, state)
+    check_token_flags(OP, q, mask=mask, starts=starts)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return reference.chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, state, return_state)
+
+
+def heavy_attention_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_mass: Tensor,
+    past: WindowState,
+    state: HeavyState,
+    *,
+    keep: int = 0,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor, HeavyState]:
+    """`heavy_attention` of one token behind a state.
+
+    Args:
+        q, k, v, log_mass, keep, scale, mask: as for `heavy_attention`, with T = 1.
+        past: the window's state BEFORE this token.
+        state: what the call before returned, or the start state.
+        in_place: the tensors of `state` are overwritten, and it is the one returned; without gradients only.
+
+    Returns:
+        y [B, 1, H, Dv] in q's dtype, log_mass [B, 1, H], and the state behind the token.
+
+    Raises:
+        LizardzooError: as `heavy_attention`; more than one token; in_place where gradients are on.
+    """
+    _check(q, k, v, log_mass, past.k.shape[1], state.k.shape[1], keep, past, state)
+    check_token_flags(OP, q, mask=mask)
+    if q.shape[1] != 1:
+        raise LizardzooError(f"{OP}: a step takes one token, got {q.shape[1]}; call heavy_attention")
+    check_in_place(OP, in_place)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return reference.step(q, k, v, log_mass, keep, scale, mask, past, state, in_place)
+
+
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, log_mass: Tensor, window: int, heavy: int, keep: int,
+    past: WindowState | None, state: HeavyState | None,
+) -> None:  # fmt: skip
+    check_qkv(OP, q, k, v)
+    if window < 1 or heavy < 1 or keep < 0:
+        raise LizardzooError(
+            f"{OP}: window and heavy must be at least 1 and keep at least 0, got {window}, {heavy} and {keep}"
+        )
+    if log_mass.shape != q.shape[:3]:
+        raise LizardzooError(
+            f"{OP}: log_mass is what window_attention returns, of shape {list(q.shape[:3])}, got {list(log_mass.shape)}"
+        )
+    if (past is None) != (state is None):
+        given, missing = ("past", "state") if state is None else ("state", "past")
+        raise LizardzooError(f"{OP}: {given} is given without {missing}; give both, or none at a text's beginning")
+    if past is not None and state is not None:
+        made = past.k.shape[1], state.drawn.shape[1], state.k.shape[1], past.kept_k.shape[1]
+        if made != (window, window, heavy, keep):
+            raise LizardzooError(
+                f"{OP}: the states were made with window={made[0]} and {made[1]}, heavy={made[2]}, keep={made[3]}, "
+                f"got window={window}, heavy={heavy}, keep={keep}; start from new ones"
+            )

@@ -1,0 +1,101 @@
+"""A window, and the few tokens of the far past that drew most attention while they were in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lizardzoo.config import register_mixer
+from lizardzoo.kernels import HeavyState, WindowState, heavy_attention, heavy_attention_step
+from lizardzoo.kernels.heavy import init_state as init_heavy_state
+from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
+from lizardzoo.mixers.branches import MAX_SIZE, WindowBranch, WindowFields
+from lizardzoo.mixers.merge import Branch, joint
+
+
+@register_mixer("heavy")
+@dataclass(frozen=True)
+class Heavy(WindowFields):
+    """Softmax over a sliding window and over the tokens that mattered most, each exactly as the teacher has them.
+
+    After H2O (arXiv:2306.14048). Nothing has to be learned; a text of window + keep + heavy tokens is the teacher's
+    (RoPE, no sinks). Beside its own fields it has those of `WindowFields`.
+
+    Attributes:
+        heavy: tokens behind the window that are held, chosen by each key head for itself.
+    """
+
+    heavy: int = 128
+
+    def validate(self) -> None:
+        super().validate()
+        self.require(1 <= self.heavy <= MAX_SIZE, "heavy", f"from 1 to {MAX_SIZE}")
+
+    @property
+    def exact_within(self) -> int:
+        return self.window + self.keep + self.heavy if self.window_rope and not self.sinks else 0
+
+    def build(self, shape: AttentionShape) -> HeavyMixer:
+        return HeavyMixer(self, shape)
+
+
+class HeavyMixerState(NamedTuple):
+    """Both branches'."""
+
+    window: WindowState
+    heavy: HeavyState
+
+
+class HeavyMixer(Mixer):
+    """Two branches, "window" and "heavy", under one denominator."""
+
+    branch_names = ("window", "heavy")
+
+    def __init__(self, spec: Heavy, shape: AttentionShape) -> None:
+        super().__init__(spec, shape)
+        self.window = WindowBranch(spec, shape)
+
+    @property
+    def kernels(self) -> dict[str, tuple[int, ...]]:
+        head: tuple[int, ...] = (self.shape.head_dim,)
+        return ({"rotate": head} if self.spec.window_rope else {}) | {"window_attention": head, "heavy_attention": head}
+
+    def branches(
+        self, inputs: MixerInputs, state: HeavyMixerState | None, need_state: bool
+    ) -> tuple[dict[str, Branch], HeavyMixerState | None]:
+        spec = self.spec
+        past, held = state if state is not None else (None, None)
+        q, k = inputs.rotated(self.impl) if spec.window_rope else (inputs.q, inputs.k)
+        near, window_state = self.window(spec, inputs, (q, k), past, need_state, self.impl)
+        if past is not None and held is not None and inputs.starts is None and q.shape[1] == 1:
+            y, log_mass, held = heavy_attention_step(
+                q, k, inputs.v, near.log_mass, past, held, keep=spec.keep, scale=self.shape.scale, mask=inputs.mask
+            )
+        else:
+            y, log_mass, held = heavy_attention(
+                q, k, inputs.v, near.log_mass, window=spec.window, heavy=spec.heavy, keep=spec.keep,
+                scale=self.shape.scale, mask=inputs.mask, starts=inputs.starts, past=past, state=held,
+                return_state=need_state,
+            )  # fmt: skip
+        branches = {"window": near, "heavy": Branch(y, log_mass)}
+        if window_state is None or held is None:
+            return branches, None
+        return branches, HeavyMixerState(window_state, held)
+
+    def merge(self, branches: dict[str, Branch], x: Tensor) -> Tensor:
+        return joint(list(branches.values()), branches[next(iter(branches))].y.dtype)
+
+    def shares(self, branches: dict[str, Branch], x: Tensor) -> dict[str, Tensor]:
+        """A branch's part is its part of the mass."""
+        masses = torch.stack([branch.log_mass for branch in branches.values()])
+        return dict(zip(branches, masses.softmax(0)))
+
+    def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> HeavyMixerState:
+        spec, shape = self.spec, self.shape
+        return HeavyMixerState(
+            self.window.init_state(spec, batch, dtype, device),
+            init_heavy_state(batch, shape.kv_heads, shape.head_dim, spec.window, spec.heavy, dtype, device),
+        )
