@@ -52,7 +52,7 @@ SHARED: dict[str, set[str]] = {
     "adapters": {"base", "limits", "masks", "publishing"},
 }
 COLLECTORS: dict[str, set[str]] = {
-    "kernels": {"__init__", "hybrid"},  # the fused op is the composition of the two others
+    "kernels": {"__init__", "hybrid", "heavy"},  # hybrid is made of both branches, heavy stands behind a window
     "mixers": {"__init__", "presets"},
     "adapters": {"__init__"},
 }
