@@ -27,6 +27,8 @@ def chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, s
     """All tokens of a sequence; see `lizardzoo.kernels.heavy.heavy_attention`."""
     batch, count, heads, _ = q.shape
     kv_heads = k.shape[2]
+    if state is None and not return_state and count <= window + keep:  # nothing can have left the window
+        return q.new_zeros(*q.shape[:3], v.shape[-1]), torch.full_like(log_mass, NEG_INF), None
     if past is None or state is None:
         sizes = (batch, kv_heads, k.shape[-1], window)
         past = init_window_state(*sizes, keep, k.dtype, k.device)
