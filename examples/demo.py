@@ -243,8 +243,8 @@ def run(out: Path) -> None:
     ahead = "the student beats it" if kl[FINETUNED] < kl[as_large] else "minutes of training do not beat it"
     console.print(
         f"{as_large} (first tokens, for ever) is the bare window whose state has as many bytes as the student's: "
-        f"what a linear branch has to beat. Beyond the window, {ahead}. The mixer heavy spends those bytes on the tokens "
-        f"that drew most attention, and has nothing to train."
+        f"what a linear branch has to beat. Beyond the window, {ahead}. The mixer heavy spends those bytes on the "
+        f"tokens that drew most attention, and has nothing to train."
     )
     report.plot(out / "by_position.png")
     with (out / "table.txt").open("w", encoding="utf-8") as file:
