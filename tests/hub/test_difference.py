@@ -16,8 +16,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import lizardzoo as lz
 from lizardzoo import LizardzooError
 from tests.adapters.families import teacher
+from tests.hub.conftest import command
 from tests.hub.server import LoopbackHub
-from tests.hub.test_card import command
 from tests.hub.test_round_trip import FAMILIES, FRESH, IDS, MIXED, downloads, logits
 
 TIED = "qwen2, sliding above, tied"
