@@ -66,8 +66,8 @@ class WindowSelection(Chosen):
         """Every layer's KL by window, the chosen one marked."""
         from rich.table import Table
 
-        chosen = f"{self.kl:.4f} with the chosen {NAMES[self.field][1]}"
-        table = Table(title=f"KL to the teacher: {self.kl_before:.4f} before, {chosen}")
+        after = f"{self.kl:.4f} with the chosen {NAMES[self.field][1]}"
+        table = Table(title=f"KL to the teacher: {self.kl_before:.4f} before, {after}")
         table.add_column("layer", justify="right")
         sizes = sorted({window for each in self.kl_alone.values() for window in each})
         for size in sizes:
