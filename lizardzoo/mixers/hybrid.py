@@ -16,6 +16,7 @@ from lizardzoo.kernels.hybrid import share
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs, start_value
 from lizardzoo.mixers.branches import LinearBranch, LinearFields, WindowBranch, WindowFields
 from lizardzoo.mixers.gates import TokenGate, evaluate
+from lizardzoo.mixers.gates import kernels as gate_kernels
 from lizardzoo.mixers.merge import Branch, Merge, joint, unnormalized
 
 LOG_SCALE_START = -2.0
@@ -83,10 +84,11 @@ class HybridMixer(Mixer):
     @property
     def kernels(self) -> dict[str, tuple[int, ...]]:
         head, both = (self.shape.head_dim,), (self.shape.head_dim, self.linear.feature_dim)
-        rotates = {"rotate": head} if self.spec.window_rope or self.spec.feature_rope else {}
+        before: dict[str, tuple[int, ...]] = {"rotate": head} if self.spec.window_rope or self.spec.feature_rope else {}
+        before |= gate_kernels(self._gates())
         if self._fused():
-            return rotates | {"hybrid_attention": both}
-        return rotates | {"window_attention": head, "gated_linear_attention": both}
+            return before | {"hybrid_attention": both}
+        return before | {"window_attention": head, "gated_linear_attention": both}
 
     def forward(
         self, inputs: MixerInputs, state: HybridState | None = None, need_state: bool = False
@@ -113,11 +115,13 @@ class HybridMixer(Mixer):
     def _fused(self) -> bool:
         return self.spec.merge == "joint" and not self.switched_off
 
+    def _gates(self) -> list[TokenGate | None]:
+        return [self.linear.decay, self.linear.input_gate, self.log_scale]
+
     def _arguments(self, inputs: MixerInputs) -> dict[str, Any]:
         """What `hybrid_attention` and its step take."""
         window, (q, k) = self._queries_and_keys(inputs)
-        gates = [self.linear.decay, self.linear.input_gate, self.log_scale]  # x is read once for all
-        log_decay, log_input, log_scale = evaluate(inputs.x, gates, self.impl)
+        log_decay, log_input, log_scale = evaluate(inputs.x, self._gates(), self.impl)  # x is read once for all
         return {
             "q": q,
             "k": k,

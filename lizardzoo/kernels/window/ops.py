@@ -272,12 +272,13 @@ def _step(
         "M": power_of_2(heads // kv_heads),
         "N": 16 if INTERPRETED else min(64, max(16, 8192 // wide)),
     }
-    kernels.step_kernel[(batch * kv_heads,)](
-        q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, y, log_mass, ring_k.shape[1], kept_k.shape[1],
-        0 if sinks is None else sinks.shape[-1], scale, *(x.stride(axis) for x in (q, k, v) for axis in (0, 2)),
-        0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], **shape, **tile, R=KEPT_BLOCK,
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current one
+        kernels.step_kernel[(batch * kv_heads,)](
+            q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, y, log_mass, ring_k.shape[1], kept_k.shape[1],
+            0 if sinks is None else sinks.shape[-1], scale, *(x.stride(axis) for x in (q, k, v) for axis in (0, 2)),
+            0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], **shape, **tile, R=KEPT_BLOCK,
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
     length += 1 if mask is None else mask[:, 0]
     return y, log_mass
 
