@@ -97,11 +97,12 @@ class HybridMixer(Mixer):
         if not self._fused():
             return super().forward(inputs, state, need_state)
         if state is not None and inputs.starts is None and inputs.q.shape[1] == 1:
-            y, _, state = hybrid_attention_step(**self._arguments(inputs), state=state)
+            y, _, state = hybrid_attention_step(**self._step_arguments(inputs), state=state)
         else:
+            arguments = self._arguments(inputs, *self._queries_and_keys(inputs))
             y, _, state = hybrid_attention(
-                **self._arguments(inputs), window=self.spec.window, lag=self._lag_and_skip()[0], starts=inputs.starts,
-                state=state, return_state=need_state,
+                **arguments, window=self.spec.window, lag=self._lag_and_skip()[0], starts=inputs.starts, state=state,
+                return_state=need_state,
             )  # fmt: skip
         return y, state
 
@@ -109,7 +110,7 @@ class HybridMixer(Mixer):
     def step_(self, inputs: MixerInputs, state: HybridState) -> Tensor:
         if not self._fused() or inputs.starts is not None:
             return super().step_(inputs, state)
-        y, *_ = hybrid_attention_step(**self._arguments(inputs), state=state, in_place=True)
+        y, *_ = hybrid_attention_step(**self._step_arguments(inputs), state=state, in_place=True)
         return y
 
     def _fused(self) -> bool:
@@ -118,9 +119,17 @@ class HybridMixer(Mixer):
     def _gates(self) -> list[TokenGate | None]:
         return [self.linear.decay, self.linear.input_gate, self.log_scale]
 
-    def _arguments(self, inputs: MixerInputs) -> dict[str, Any]:
-        """What `hybrid_attention` and its step take."""
-        window, (q, k) = self._queries_and_keys(inputs)
+    def _step_arguments(self, inputs: MixerInputs) -> dict[str, Any]:
+        """What a step of `hybrid_attention` takes: it rotates by itself where only the window wants it."""
+        if not self.spec.window_rope or self.spec.feature_rope:
+            return self._arguments(inputs, *self._queries_and_keys(inputs))
+        return self._arguments(inputs, None, (inputs.q, inputs.k)) | {"rope": (inputs.cos, inputs.sin)}
+
+    def _arguments(
+        self, inputs: MixerInputs, window: tuple[Tensor, Tensor] | None, features: tuple[Tensor, Tensor]
+    ) -> dict[str, Any]:
+        """What `hybrid_attention` and its step take, from q and k of either branch."""
+        q, k = features
         log_decay, log_input, log_scale = evaluate(inputs.x, self._gates(), self.impl)  # x is read once for all
         return {
             "q": q,
