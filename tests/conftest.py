@@ -74,6 +74,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what is frozen would not be taken down at the end, and libraries say so
     shutil.rmtree(_CACHE, ignore_errors=True)
 
 
