@@ -21,14 +21,14 @@ def memory(monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_the_estimate_is_what_real_steps_take_within_15_percent(memory, tmp_path, capsys, monkeypatch):
+def test_the_estimate_is_what_real_steps_take(memory, tmp_path, capsys, monkeypatch):
     path = tmp_path / "memory.json"
     assert memory.main([*ARGUMENTS, str(path)]) == 0
     run = json.loads(path.read_text())
     measured = run["rows"]
     assert [row["option"] for row in measured] == OPTIONS
     for row in measured:
-        assert row["total"] == pytest.approx(row["measured"], rel=0.15)
+        assert row["total"] == pytest.approx(row["measured"], rel=0.05)  # without logits, 11 % too low
         assert row["total"] == row["weights"] + row["learning"] + row["activations"]
     assert measured[0]["measured"] < measured[2]["measured"] < measured[1]["measured"]
 
