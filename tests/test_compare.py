@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import lizardzoo as lz
 from lizardzoo import evaluate
 from lizardzoo.config import PRESETS
+from lizardzoo.distill import plots
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MODULES = ("compare", "compare_report", "comparison", "variants")
@@ -60,6 +61,7 @@ def call(compare, variants, tiny_folder, tmp_path, monkeypatch):
             variants.Variant("heavy-softmax", lz.Heavy(window=8, heavy=8), "one kept", softmax=1),
         ],
     )
+    monkeypatch.setattr(plots, "plot", lambda folder: None)  # nobody looks at them here
     for name in ("train", "text"):
         (tmp_path / f"{name}.txt").write_text(f"A {name} is what the lizard on the wall reads. " * 80)
 

@@ -231,6 +231,12 @@ class MixedAttention(nn.Module):
         """What the teacher's own attention gives with this layer's projections."""
         kwargs.pop("token_mask", None)
         kwargs.pop("document_starts", None)
+        layers = () if (cache := cache_of(kwargs)) is None else cache.layers
+        if self.layer_idx < len(layers) and isinstance(layers[self.layer_idx], MixerCacheLayer):
+            raise LizardzooError(
+                f"inside softmax_mode, layer {self.layer_idx} cannot go on from a cache that holds its mixer's state; "
+                f"pass use_cache=False, or {CACHE_KEYWORD}=DynamicCache(), which holds keys and values"
+            )
         return super().forward(
             hidden_states=hidden_states,
             position_embeddings=position_embeddings,
@@ -412,10 +418,20 @@ class MixedForCausalLM:
             window: tokens, the current one included.
 
         Raises:
-            LizardzooError: a list of another length, a window below 1; nothing is changed then.
+            LizardzooError: a list of another length, a window that is no whole number or below 1, no layer that has
+                one; nothing is changed then.
         """
         specs = self.config.specs
         targets = [i for i, spec in enumerate(specs) if hasattr(spec, "window")]
+        if not targets:
+            raise LizardzooError(
+                f"set_window({window!r}): no layer of this model has a window; convert its teacher anew"
+            )
+        if isinstance(window, str) or not isinstance(window, (int, Sequence)):
+            raise LizardzooError(
+                f"set_window({window!r}): a window is a whole number of tokens; give one for all layers, "
+                f"or a list of {len(targets)}, one for each layer that has a window"
+            )
         windows = [window] * len(targets) if isinstance(window, int) else list(window)
         if len(windows) != len(targets):
             raise LizardzooError(f"the model has {len(targets)} layers with a window, got {len(windows)} windows")
@@ -432,7 +448,8 @@ def softmax_mode(model: Any) -> Iterator[None]:
     """Inside, every layer runs the teacher's attention: with unchanged base weights, the model IS the teacher.
 
     Args:
-        model: what `lizardzoo.linearize` returns. Call it with use_cache=False inside: its caches are its mixers'.
+        model: what `lizardzoo.linearize` returns. Call it inside with use_cache=False, or with a `DynamicCache()`
+            of your own: the caches it makes are its mixers', and refused.
     """
     before = [(attention, attention.runs_softmax) for attention in model.attentions()]
     for attention, _ in before:
