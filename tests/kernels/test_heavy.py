@@ -14,7 +14,7 @@ from torch import Tensor
 from lizardzoo import LizardzooError
 from lizardzoo.kernels import heavy_attention, heavy_attention_step, window_attention
 from lizardzoo.kernels.heavy import init_state, reference
-from lizardzoo.kernels.heavy.selection import select
+from lizardzoo.kernels.heavy.selection import select, visible
 from lizardzoo.kernels.merge import joint
 from lizardzoo.kernels.window import init_state as init_window_state
 from lizardzoo.testing import heavy_oracle, token_flags, visible_pairs
@@ -130,9 +130,9 @@ def test_a_selection_is_that_of_a_loop(data: st.DataObject) -> None:
         n, inside = divmod(t, chunk)
         if value > float("-inf"):
             held = sorted([*held, t], key=lambda s: (stream[s], s))[-heavy:]
-        visible = found.visible[n, inside]
+        seen = visible(found.until, heavy)[n, inside]
         places = torch.cat([found.held[n], heavy + n * chunk + torch.arange(chunk)])
-        assert sorted((places[visible] - heavy).tolist()) == sorted(held), t
+        assert sorted((places[seen] - heavy).tolist()) == sorted(held), t
     assert sorted((found.last[found.any_last] - heavy).tolist()) == sorted(held)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lizardzoo.kernels.dispatch import compute_dtype
-from lizardzoo.kernels.heavy.selection import select
+from lizardzoo.kernels.heavy.selection import select, visible
 from lizardzoo.kernels.heavy.state import HeavyState, init_state
 from lizardzoo.kernels.rows import Rows, arrange, last_document, ring_ranks, take_tokens, unroll
 from lizardzoo.kernels.state import overwrite
@@ -56,19 +56,20 @@ def chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, s
     order_by = score.transpose(1, 2)  # [B, Hkv, heavy + T]
     document = None
     if starts is not None:  # a later document's tokens beat all of an earlier one's
-        document = F.pad(rows.document, (heavy, fill))
+        document = torch.cat([F.pad(rows.document, (heavy, 0)), rows.last_document().expand(-1, fill)], 1)
         step = window * (heads // kv_heads) + 1.0  # more than any score
         order_by = order_by.double() + step * document[:, None]
     chosen = select(order_by, heavy, chunk)
 
-    visible = chosen.visible
-    if document is not None:
-        own = document[:, heavy:].view(batch, 1, -1, chunk)
+    until = chosen.until
+    if document is not None:  # what is held of an earlier document is seen up to the beginning of the next
+        own = document[:, None, heavy:].expand(-1, kv_heads, -1).unflatten(2, (-1, chunk))
         theirs = document[:, None].expand(-1, kv_heads, -1).gather(2, chosen.held.flatten(2)).view(chosen.held.shape)
-        visible = visible & (own[..., None] == torch.cat([theirs, own.expand(-1, kv_heads, -1, -1)], -1)[..., None, :])
+        ends = torch.searchsorted(own.contiguous(), torch.cat([theirs, own], -1), right=True, out_int32=True)
+        until = until.minimum(ends)
 
     all_k, all_v = torch.cat([held_k, keys[:, :count]], 1), torch.cat([held_v, values[:, :count]], 1)
-    arguments = (q, all_k, all_v, chosen.held, visible, scale)
+    arguments = (q, all_k, all_v, chosen.held, until, scale)
     if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:3]):
         # The scores of all queries would outweigh the rest of the layer.
         y, mass = checkpoint(_attend, *arguments, use_reentrant=False)
@@ -135,15 +136,15 @@ def step(q, k, v, log_mass, keep, scale, mask, past, state, in_place):  # type: 
     return y, mass, overwrite(state, new) if in_place else new
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, held: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _attend(q: Tensor, k: Tensor, v: Tensor, held: Tensor, until: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Every chunk's queries on what was held at its start and on what has joined since.
 
-    q [B, T, H, D]; k, v [B, heavy + T, Hkv, D]; held [B, Hkv, N, heavy]; visible [B, Hkv, N, C, heavy + C].
+    q [B, T, H, D]; k, v [B, heavy + T, Hkv, D]; held [B, Hkv, N, heavy]; until [B, Hkv, N, heavy + C].
     """
     dtype = compute_dtype(q)
     batch, count, heads, dim = q.shape
     kv_heads, chunks, heavy = held.shape[1:]
-    chunk, groups = visible.shape[-2], heads // kv_heads
+    chunk, groups = until.shape[-1] - heavy, heads // kv_heads
     fill = chunks * chunk - count
 
     def candidates(x: Tensor) -> Tensor:  # [B, Hkv, N, heavy + C, D]
@@ -154,7 +155,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, held: Tensor, visible: Tensor, scal
     qs = F.pad(q, (0, 0, 0, 0, 0, fill)).to(dtype) * scale
     qs = qs.view(batch, chunks, chunk, kv_heads, groups, dim).permute(0, 3, 1, 4, 2, 5)  # [B, Hkv, N, G, C, D]
     logits = (qs.flatten(3, 4) @ candidates(k).transpose(-1, -2)).unflatten(3, (groups, chunk))
-    weights, mass = _softmax(logits.masked_fill(~visible[:, :, :, None], NEG_INF))
+    weights, mass = _softmax(logits.masked_fill(~visible(until, heavy)[:, :, :, None], NEG_INF))
     y = (weights.flatten(3, 4) @ candidates(v)).unflatten(3, (groups, chunk))
     y = y.permute(0, 2, 4, 1, 3, 5).reshape(batch, chunks * chunk, heads, -1)[:, :count]
     return y, mass.permute(0, 2, 4, 1, 3).reshape(batch, chunks * chunk, heads)[:, :count]
