@@ -7,10 +7,12 @@ weights are squared: one query that needs a token tells more than many that touc
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from lizardzoo.errors import LizardzooError
-from lizardzoo.kernels.dispatch import check_qkv, check_token_flags
+from lizardzoo.kernels.dispatch import Impl, check_qkv, check_token_flags, implementation
 from lizardzoo.kernels.heavy import reference
 from lizardzoo.kernels.heavy.state import HeavyState, init_state
 from lizardzoo.kernels.state import check_in_place
@@ -36,6 +38,7 @@ def heavy_attention(
     past: WindowState | None = None,
     state: HeavyState | None = None,
     return_state: bool = True,
+    impl: Impl | str = Impl.AUTO,
 ) -> tuple[Tensor, Tensor, HeavyState | None]:
     """Attend to the `heavy` tokens that drew most attention, of those that `window_attention` sees no more.
 
@@ -44,7 +47,7 @@ def heavy_attention(
         score_t = sum_{i = t + max(1, window // 8)}^{t + window - 1} sum_h e^{2 (s_it - log_mass_ih)}
 
     h: the query heads that share t's key head, each of which chooses for itself. Of equal scores the later one counts
-    more. No gradient flows into the choice. The same in plain PyTorch on every device.
+    more. No gradient flows into the choice.
 
     Args:
         q, k, v: [B, T, H, D], [B, T, Hkv, D], [B, T, Hkv, Dv], rotated as for `window_attention`.
@@ -57,17 +60,19 @@ def heavy_attention(
         past: the window's state BEFORE these tokens; given if and only if `state` is.
         state: from an earlier call, to go on behind it.
         return_state: False saves the work when nothing follows.
+        impl: which implementation computes; see `lizardzoo.kernels`.
 
     Returns:
         y [B, T, H, Dv] in q's dtype, log_mass [B, T, H] of what is held, and the state (None unless wanted).
 
     Raises:
-        LizardzooError: shapes, dtypes or sizes that do not fit.
+        LizardzooError: shapes, dtypes or sizes that do not fit, or that the implementation does not take.
     """
     _check(q, k, v, log_mass, window, heavy, keep, past, state)
     check_token_flags(OP, q, mask=mask, starts=starts)
+    kernels = _kernels(impl, q, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return reference.chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, state, return_state)
+    return kernels.chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, state, return_state)
 
 
 def heavy_attention_step(
@@ -104,6 +109,20 @@ def heavy_attention_step(
     check_in_place(OP, in_place)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return reference.step(q, k, v, log_mass, keep, scale, mask, past, state, in_place)
+
+
+def _kernels(impl: Impl | str, q: Tensor, v: Tensor) -> Any:
+    """The module that computes."""
+    kernels = implementation(OP, impl, q.device, reference, _triton)
+    if kernels is not reference:
+        kernels.check(OP, q, v)
+    return kernels
+
+
+def _triton() -> Any:
+    from lizardzoo.kernels.heavy import ops
+
+    return ops
 
 
 def _check(

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lizardzoo.kernels.dispatch import compute_dtype
 from lizardzoo.kernels.heavy.selection import select, visible
-from lizardzoo.kernels.heavy.state import HeavyState, init_state
+from lizardzoo.kernels.heavy.state import HeavyState, by_score, init_state, next_state
 from lizardzoo.kernels.rows import Rows, arrange, last_document, ring_ranks, take_tokens, unroll
 from lizardzoo.kernels.state import overwrite
 from lizardzoo.kernels.window import init_state as init_window_state
@@ -43,12 +43,7 @@ def chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, s
     leaves = rows.valid & (rows.rank >= window + keep)
     scores = torch.where(leaves[..., None], drawn[:, :count], NEG_INF)
 
-    # The past sorted, so that equal scores yield in the order in which they came.
-    order = state.rank.argsort(dim=1, descending=True)
-    order = order.gather(1, state.score.gather(1, order).argsort(dim=1, descending=True, stable=True))
-    held_score, held_rank = state.score.gather(1, order), state.rank.gather(1, order)
-    held_k, held_v = (x.gather(1, order[..., None].expand_as(x)) for x in (state.k, state.v))
-
+    held_k, held_v, held_score, held_rank = by_score(state)
     chunk = min(CHUNK, count)
     fill = -count % chunk
     rank = torch.cat([held_rank, (rows.rank - window).to(held_rank.dtype)[..., None].expand(-1, -1, kv_heads)], 1)
@@ -86,10 +81,8 @@ def chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, s
             there = there & (of == rows.last_document()[..., None])
         kept = torch.where(there, score.gather(1, last), NEG_INF)
         last = last.clamp(max=rank.shape[1] - 1)  # behind them, where the last chunk was filled up, is no token
-        first, length = last_document(rows, count, past.length)
-        slots = (first[:, None] + ring_ranks(length, window) + window).clamp(min=0)
-        last_k, last_v = (x.gather(1, last[..., None].expand(*last.shape, x.shape[-1])) for x in (all_k, all_v))
-        new_state = HeavyState(last_k, last_v, kept, rank.gather(1, last), take_tokens(drawn, slots))
+        began, length = last_document(rows, count, past.length)
+        new_state = next_state(all_k, all_v, last, kept, rank.gather(1, last), drawn, began, length, window)
     return rows.unpack(y).to(q.dtype), rows.unpack(mass), new_state
 
 
