@@ -31,6 +31,7 @@ TRITON_SIZES = {
     "window_attention": (256, False),
     "gated_linear_attention": (128, True),
     "hybrid_attention": (128, True),
+    "heavy_attention": (256, False),
 }
 """Largest head_dim and feature_dim of an op's Triton kernels, and whether they are powers of two; others take any."""
 

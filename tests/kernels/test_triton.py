@@ -39,6 +39,7 @@ def test_what_info_says_of_triton_is_what_its_kernels_take() -> None:
         "window_attention": MAX_DIM,
         "gated_linear_attention": MAX_SIZE,
         "hybrid_attention": MAX_SIZE,
+        "heavy_attention": MAX_DIM,
     }
 
 

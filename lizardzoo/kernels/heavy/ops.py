@@ -20,16 +20,17 @@ from lizardzoo.kernels.window import ops as window_ops
 OP = "heavy_attention"
 INTERPRETED = window_ops.INTERPRETED
 CHUNK = 16 if INTERPRETED else 128
-# Kernel -> (bytes of a number, head_dim up to) -> query rows M, keys N, warps, stages: what the registers hold.
+# Kernel -> (bytes of a number, head_dim up to) -> query rows M, keys N, warps, stages. The window's, where the registers
+# hold them; not yet measured on a device.
 TILES = {
     "drawn": {(2, 64): (64, 64, 4, 3), (2, 128): (64, 64, 4, 2), (2, 256): (64, 64, 8, 1),
               (4, 64): (32, 32, 4, 2), (4, 128): (32, 32, 8, 1), (4, 256): (16, 16, 4, 1)},
-    "forward": {(2, 64): (64, 32, 4, 3), (2, 128): (64, 32, 4, 3), (2, 256): (64, 32, 4, 2),
-                (4, 64): (64, 32, 4, 2), (4, 128): (32, 32, 8, 2), (4, 256): (16, 16, 4, 1)},
-    "query": {(2, 64): (64, 32, 4, 3), (2, 128): (64, 32, 4, 2), (2, 256): (64, 32, 8, 1),
-              (4, 64): (32, 32, 8, 1), (4, 128): (32, 16, 8, 1), (4, 256): (16, 16, 4, 1)},
-    "candidate": {(2, 64): (64, 64, 4, 2), (2, 128): (32, 64, 4, 2), (2, 256): (32, 64, 8, 1),
-                  (4, 64): (32, 32, 4, 1), (4, 128): (16, 32, 8, 1), (4, 256): (16, 16, 4, 1)},
+    "forward": {(2, 64): (64, 32, 4, 3), (2, 128): (64, 32, 4, 3), (2, 256): (64, 32, 8, 2),
+                (4, 64): (64, 32, 8, 2), (4, 128): (32, 32, 8, 2), (4, 256): (16, 16, 4, 1)},
+    "query": {(2, 64): (64, 32, 4, 3), (2, 128): (64, 32, 4, 2), (2, 256): (32, 32, 8, 1),
+              (4, 64): (32, 32, 8, 1), (4, 128): (16, 16, 8, 1), (4, 256): (16, 16, 8, 1)},
+    "candidate": {(2, 64): (64, 64, 4, 2), (2, 128): (32, 64, 4, 2), (2, 256): (32, 32, 8, 1),
+                  (4, 64): (32, 32, 8, 1), (4, 128): (16, 32, 8, 1), (4, 256): (16, 16, 4, 1)},
 }  # fmt: skip
 
 
@@ -92,7 +93,7 @@ def choose(q, k, log_mass, before, past, first, lengths, window, keep, heavy, of
     keys, places = integers(shape, dtype=whole), integers(shape)
     launch(
         choice.sort_kernel, (lines * (chunks + 1),), (whole, past is None), (stream, past, keys, places),
-        (count, heavy), {"C": CHUNK}, num_warps=4,
+        (count, heavy), {"C": CHUNK}, num_warps=8,
     )  # fmt: skip
     tile, reach = 16 if INTERPRETED else min(128, power_of_2(heavy)), 1
     other_keys, other_places = torch.empty_like(keys), torch.empty_like(places)
@@ -187,7 +188,7 @@ def gradients(q, k, v, places, until, following, lengths, y, log_mass, dy, dlog_
         kernels.candidate_gradient_kernel, (lines * chunks * _cdiv(heavy + CHUNK, tiles["N"]),), form,
         (q, k, v, places, until, lengths, log_mass, dy, delta, part_k, part_v), numbers, {**sizes, **tiles}, **options,
     )  # fmt: skip
-    tile = 16 if INTERPRETED else 32
+    tile = 16 if INTERPRETED or max(sizes["BLOCK_DK"], sizes["BLOCK_DV"]) > 128 else 32
     sizes.pop("G")
     launch(
         kernels.token_gradient_kernel, (lines * _cdiv(total, tile),), (k.dtype,),

@@ -11,8 +11,10 @@ from lizardzoo.kernels.dispatch import compute_dtype
 from lizardzoo.kernels.heavy.selection import select, visible
 from lizardzoo.kernels.heavy.state import HeavyState, by_score, init_state, next_state
 from lizardzoo.kernels.rows import Rows, arrange, last_document, ring_ranks, take_tokens, unroll
+from lizardzoo.kernels.merge import joint
 from lizardzoo.kernels.state import overwrite
 from lizardzoo.kernels.window import init_state as init_window_state
+from lizardzoo.kernels.window import reference as window_reference
 
 CHUNK = 128
 NEG_INF = float("-inf")
@@ -127,6 +129,16 @@ def step(q, k, v, log_mass, keep, scale, mask, past, state, in_place):  # type: 
     new = HeavyState(keys, values, score, ranks, drawn)
     y, mass = y.flatten(1, 2)[:, None].to(q.dtype), mass.flatten(1, 2)[:, None]
     return y, mass, overwrite(state, new) if in_place else new
+
+
+def joint_step(q, k, v, keep, sinks, scale, mask, past, state, in_place):  # type: ignore[no-untyped-def]
+    """One token of both branches; see `lizardzoo.kernels.heavy.window_and_heavy_step`."""
+    *near, new_past = window_reference.step(q, k, v, keep, sinks, scale, mask, past, False)
+    *far, new_state = step(q, k, v, near[1], keep, scale, mask, past, state, False)
+    y, log_mass = joint([(near[0], near[1]), (far[0], far[1])])
+    if in_place:
+        new_past, new_state = overwrite(past, new_past), overwrite(state, new_state)
+    return y.to(q.dtype), log_mass, new_past, new_state
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, held: Tensor, until: Tensor, scale: float) -> tuple[Tensor, Tensor]:
