@@ -17,12 +17,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lizardzoo import LizardzooError
-from lizardzoo.kernels import HeavyState, heavy_attention, window_attention
-from lizardzoo.kernels.heavy import ops
+from lizardzoo.kernels import (
+    HeavyState,
+    WindowState,
+    heavy_attention,
+    heavy_attention_step,
+    window_and_heavy_step,
+    window_attention,
+)
+from lizardzoo.kernels.heavy import init_state, ops, step
 from lizardzoo.kernels.heavy.selection import select
+from lizardzoo.kernels.window import init_state as init_window_state
 from lizardzoo.kernels.window import ops as window_ops
 from lizardzoo.testing import token_flags
-from tests.kernels.cases import assert_same, poison
+from tests.kernels.cases import assert_same, assert_same_tokens, error, poison
 from tests.kernels.test_heavy import Case
 
 assert ops.INTERPRETED
@@ -139,6 +147,88 @@ def test_the_choice_is_that_of_the_reference_bit_for_bit(data: st.DataObject) ->
     assert torch.equal((following >= 0).sum(-1), (keys[:, :, 1:] >= 0).sum(-1))
 
 
+def start_states(case: Case, fill: float) -> tuple[WindowState, HeavyState]:
+    """Of a text's beginning; `fill` where nothing is held, which nothing may read."""
+    batch, kv_heads = case.q.shape[0], case.k.shape[2]
+    window, heavy, keep = case.options["window"], case.options["heavy"], case.options["keep"]
+    past = init_window_state(batch, kv_heads, 5, window, keep, torch.float32, "cpu")
+    state = init_state(batch, kv_heads, 5, window, heavy, torch.float32, "cpu")
+    past = past._replace(v=past.v[..., :3].contiguous(), kept_v=past.kept_v[..., :3].contiguous())
+    state = state._replace(v=state.v[..., :3].contiguous())
+    for x in (past.k, past.v, past.kept_k, past.kept_v, state.k, state.v):
+        x.fill_(fill)
+    return past, state
+
+
+@settings(max_examples=4, phases=PHASES)
+@given(cases(longest=16, documents=False), st.booleans())
+def test_a_fold_of_steps_is_the_whole(case: Case, with_gradients: bool) -> None:
+    """The step's own kernel without gradients, a sequence of one token with them."""
+    window, keep, mask = case.options["window"], case.options["keep"], case.flags["mask"]
+    arguments = (case.q, case.k, case.v, case.log_mass)
+    whole = heavy_attention(*arguments, **case.options, mask=mask, impl="reference")
+    past, state = start_states(case, 0.0 if with_gradients else float("nan"))
+    outputs = []
+    with torch.set_grad_enabled(with_gradients):
+        for t in range(case.q.shape[1]):
+            now = slice(t, t + 1)
+            flags = None if mask is None else mask[:, now]
+            one = [x[:, now] for x in arguments]
+            *output, state = heavy_attention_step(*one, past, state, keep=keep, mask=flags, impl="triton")
+            *_, past = window_attention(*one[:3], window=window, keep=keep, mask=flags, state=past)
+            outputs.append(output)
+    y, log_mass = (torch.cat(part, 1) for part in zip(*outputs, strict=True))
+    if with_gradients:
+        assert_same((y, log_mass), whole[:2], [case.q, case.k, case.v], 1e-5)
+    assert error(y, whole[0]) <= 1e-5 and error(log_mass, whole[1]) <= 1e-5
+    assert_same_state(state, whole[2])
+
+
+@settings(max_examples=4, phases=PHASES)
+@given(cases(longest=20, documents=False), st.sampled_from([None, (2,), (4, 2)]), st.booleans())
+@torch.no_grad()
+def test_a_step_of_both_is_the_joint_of_their_steps(case: Case, shape: tuple[int, ...] | None, in_place: bool) -> None:
+    """Outputs, and both states as they move on: in place, or beside the old ones, which stay."""
+    keep, heads = case.options["keep"], case.q.shape[2]
+    if shape is not None and len(shape) == 2:
+        shape = (heads, 2)
+    options: dict[str, Any] = {"keep": keep, "sinks": None if shape is None else torch.randn(shape)}
+    past, state = start_states(case, float("nan"))
+    expected = start_states(case, 0.0)
+    for t in range(case.q.shape[1]):
+        now = slice(t, t + 1)
+        one = [x[:, now] for x in (case.q, case.k, case.v)]
+        options["mask"] = None if case.flags["mask"] is None else case.flags["mask"][:, now]
+        before = [x.clone() for x in (*past, *state)]
+        y, log_mass, new_past, new_state = window_and_heavy_step(
+            *one, past, state, **options, in_place=in_place, impl="triton"
+        )
+        if in_place:
+            assert all(a is b for a, b in zip((*past, *state), (*new_past, *new_state), strict=True))
+        else:
+            for a, b in zip((*past, *state), before, strict=True):
+                assert torch.equal(a.nan_to_num(), b.nan_to_num())
+        past, state = new_past, new_state
+        *theirs, past_2, state_2 = window_and_heavy_step(*one, *expected, **options, impl="reference")
+        expected = past_2, state_2
+        assert error(y, theirs[0]) <= 1e-5 and error(log_mass, theirs[1]) <= 1e-5
+        assert_same_tokens(past, past_2)
+    assert_same_state(state, expected[1])
+
+
+def test_a_step_of_both_with_gradients_is_the_references() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 30, heads, 4, generator=generator) for heads in (4, 2, 2))
+    near = window_attention(q, k, v, window=4, keep=1)
+    state = heavy_attention(q, k, v, near[1], window=4, heavy=3, keep=1)[2]
+    assert near[2] is not None and state is not None
+    one = [torch.randn(1, 1, heads, 4, generator=generator, requires_grad=True) for heads in (4, 2, 2)]
+    found, expected = (
+        window_and_heavy_step(*one, near[2], state, keep=1, impl=impl)[:2] for impl in ("triton", "reference")
+    )
+    assert_same(found, expected, one, 1e-5)
+
+
 def test_a_nan_stays_in_its_row_and_reads_nothing_else() -> None:
     q, k, v = (torch.randn(2, 60, 2, 4) for _ in range(3))
     log_mass = window_attention(q, k, v, window=4)[1]
@@ -175,6 +265,11 @@ def test_the_ops_keep_what_torch_asks_of_them() -> None:
         torch.library.opcheck(ops._choice, (*chosen, *flags, 5, 2, 3, 0, 0.5))
     _, places, until, following, _ = ops.choose(*chosen, None, None, 5, 2, 3, 0, 0.5)
     torch.library.opcheck(ops._attention, (q, k, v, places, until, following, None, -8, 0.5))
+    past = init_window_state(1, 1, 4, 5, 2, torch.float32, "cpu")
+    state = init_state(1, 1, 4, 5, 3, torch.float32, "cpu")
+    one = [x.detach()[:, :1] for x in (q, k, v)]
+    torch.library.opcheck(step._heavy_step, (*one, torch.zeros(1, 1, 2), *past, *state, None, 0.5))
+    torch.library.opcheck(step._joint_step, (*one, *past, *state, torch.zeros(2), None, 0.5))
 
 
 @pytest.mark.parametrize(

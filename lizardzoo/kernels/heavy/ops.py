@@ -20,7 +20,7 @@ from lizardzoo.kernels.window import ops as window_ops
 OP = "heavy_attention"
 INTERPRETED = window_ops.INTERPRETED
 CHUNK = 16 if INTERPRETED else 128
-# Kernel -> (bytes of a number, head_dim up to) -> query rows M, keys N, warps, stages. The window's, where the registers
+# Kernel -> (bytes of a number, head_dim up to) -> query rows M, keys N, warps, stages: the window's where the registers
 # hold them; not yet measured on a device.
 TILES = {
     "drawn": {(2, 64): (64, 64, 4, 3), (2, 128): (64, 64, 4, 2), (2, 256): (64, 64, 8, 1),
@@ -243,7 +243,7 @@ class _Attention(torch.autograd.Function):
 
 def chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, state, return_state):
     """All tokens of a sequence; see `lizardzoo.kernels.heavy.heavy_attention`."""
-    count, seen = q.shape[1], None if past is None else past.length
+    count, seen = q.shape[1], past.length if past is not None else None
     rows = None
     if mask is not None or starts is not None:
         rows = arrange(q, mask, starts, seen)
@@ -251,7 +251,7 @@ def chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, s
     first, lengths = window_ops.bounds(rows, starts is not None, seen, count)
     before = keys_before = ranks = None
     offset = 0
-    if past is not None:
+    if seen is not None:
         held_k, held_v, score, ranks = by_score(state)
         k = torch.cat([held_k, unroll(past.k, seen), k], 1)
         v = torch.cat([held_v, unroll(past.v, seen), v], 1)
@@ -270,7 +270,8 @@ def chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, s
     new_state = None
     if return_state:
         last, best = places[:, :, -1].transpose(1, 2).long(), keys[:, :, -1].transpose(1, 2)  # [B, heavy, Hkv]
-        seen = torch.zeros(q.shape[0], dtype=torch.long, device=q.device) if seen is None else seen
+        if seen is None:
+            seen = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
         began, length = last_document(rows, count, seen)
         there = best >= 0
         if starts is not None:

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from lizardzoo.kernels.dispatch import compute_dtype
 from lizardzoo.kernels.heavy.selection import select, visible
 from lizardzoo.kernels.heavy.state import HeavyState, by_score, init_state, next_state
-from lizardzoo.kernels.rows import Rows, arrange, last_document, ring_ranks, take_tokens, unroll
 from lizardzoo.kernels.merge import joint
+from lizardzoo.kernels.rows import Rows, arrange, last_document, ring_ranks, take_tokens, unroll
 from lizardzoo.kernels.state import overwrite
 from lizardzoo.kernels.window import init_state as init_window_state
 from lizardzoo.kernels.window import reference as window_reference

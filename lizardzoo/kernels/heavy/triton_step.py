@@ -30,8 +30,8 @@ def step_kernel(
 ):  # fmt: skip
     """One token of one key head; see `step.py`.
 
-    GIVEN [B, 1, H]: the window's log_mass; then the window stays as it is. None: the token sees the window as well, under
-    the same denominator, and enters it.
+    GIVEN [B, 1, H]: the window's log_mass; then the window stays as it is. None: the token sees the window as well,
+    under the same denominator, and enters it.
     """
     head, b = tl.program_id(0) % HKV, (tl.program_id(0) // HKV).to(tl.int64)
     g = tl.arange(0, M)
@@ -73,7 +73,7 @@ def step_kernel(
             peak, mass, acc, q, k_new, v_new, RING_K, RING_V, KEPT_K, KEPT_V, SINKS, b, head, heads, inside, length,
             window, keep, sinks, scale, ssh, HKV, DK, DV, BLOCK_DK, BLOCK_DV, N, R,
         )  # fmt: skip
-        log_mass = tl.where(inside, peak + tl.log2(mass), 0.0)
+        log_mass = tl.where(inside, peak, 0.0) + tl.log2(tl.where(inside, mass, 1.0))
     else:
         log_mass = tl.load(GIVEN + b * (HKV * G) + heads, mask=inside, other=0.0) * LOG2E
     for h0 in range(0, heavy, N):
@@ -88,7 +88,9 @@ def step_kernel(
     seen = inside & (real != 0) & (mass > 0.0)
     mass = tl.where(seen, mass, 1.0)
     place = b * (HKV * G) + heads
-    _store(Y, place * DV, tl.where(seen[:, None], acc / mass[:, None], 0.0).to(Y.dtype.element_ty), inside, DV, BLOCK_DV)
+    _store(
+        Y, place * DV, tl.where(seen[:, None], acc / mass[:, None], 0.0).to(Y.dtype.element_ty), inside, DV, BLOCK_DV
+    )
     tl.store(LOG_MASS + place, tl.where(seen, (peak + tl.log2(mass)) / LOG2E, float("-inf")), mask=inside)
 
     tl.debug_barrier()

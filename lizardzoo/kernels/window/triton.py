@@ -431,5 +431,21 @@ def step_kernel(
     _store(Y, place * DV, y.to(Y.dtype.element_ty), inside, DV, BLOCK_DV)
     tl.store(LOG_MASS + place, tl.where(answers, (peak + tl.log2(mass)) / LOG2E, float("-inf")), mask=inside)
     write_token(
-        k_new, v_new, RING_K, RING_V, KEPT_K, KEPT_V, b, head, length, window, keep, real, HKV, DK, DV, BLOCK_DK, BLOCK_DV
+        k_new,
+        v_new,
+        RING_K,
+        RING_V,
+        KEPT_K,
+        KEPT_V,
+        b,
+        head,
+        length,
+        window,
+        keep,
+        real,
+        HKV,
+        DK,
+        DV,
+        BLOCK_DK,
+        BLOCK_DV,
     )
