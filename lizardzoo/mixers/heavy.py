@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lizardzoo.config import register_mixer
-from lizardzoo.kernels import HeavyState, WindowState, heavy_attention, heavy_attention_step
+from lizardzoo.kernels import HeavyState, WindowState, heavy_attention, heavy_attention_step, window_and_heavy_step
 from lizardzoo.kernels.heavy import init_state as init_heavy_state
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
 from lizardzoo.mixers.branches import MAX_SIZE, WindowBranch, WindowFields
@@ -63,6 +63,18 @@ class HeavyMixer(Mixer):
         head: tuple[int, ...] = (self.shape.head_dim,)
         return ({"rotate": head} if self.spec.window_rope else {}) | {"window_attention": head, "heavy_attention": head}
 
+    @torch.no_grad()
+    def step_(self, inputs: MixerInputs, state: HeavyMixerState) -> Tensor:
+        """Both branches in one kernel where none is switched off."""
+        if self.switched_off or inputs.starts is not None:
+            return super().step_(inputs, state)
+        q, k = inputs.rotated(self.impl) if self.spec.window_rope else (inputs.q, inputs.k)
+        y, *_ = window_and_heavy_step(
+            q, k, inputs.v, *state, keep=self.spec.keep, sinks=self.window.sinks, scale=self.shape.scale,
+            mask=inputs.mask, in_place=True, impl=self.impl,
+        )  # fmt: skip
+        return y
+
     def branches(
         self, inputs: MixerInputs, state: HeavyMixerState | None, need_state: bool
     ) -> tuple[dict[str, Branch], HeavyMixerState | None]:
@@ -72,13 +84,14 @@ class HeavyMixer(Mixer):
         near, window_state = self.window(spec, inputs, (q, k), past, need_state, self.impl)
         if past is not None and held is not None and inputs.starts is None and q.shape[1] == 1:
             y, log_mass, held = heavy_attention_step(
-                q, k, inputs.v, near.log_mass, past, held, keep=spec.keep, scale=self.shape.scale, mask=inputs.mask
-            )
+                q, k, inputs.v, near.log_mass, past, held, keep=spec.keep, scale=self.shape.scale, mask=inputs.mask,
+                impl=self.impl,
+            )  # fmt: skip
         else:
             y, log_mass, held = heavy_attention(
                 q, k, inputs.v, near.log_mass, window=spec.window, heavy=spec.heavy, keep=spec.keep,
                 scale=self.shape.scale, mask=inputs.mask, starts=inputs.starts, past=past, state=held,
-                return_state=need_state,
+                return_state=need_state, impl=self.impl,
             )  # fmt: skip
         branches = {"window": near, "heavy": Branch(y, log_mass)}
         if window_state is None or held is None:

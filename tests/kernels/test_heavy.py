@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lizardzoo import LizardzooError
-from lizardzoo.kernels import heavy_attention, heavy_attention_step, window_attention
+from lizardzoo.kernels import (
+    heavy_attention,
+    heavy_attention_step,
+    window_and_heavy_step,
+    window_attention,
+    window_attention_step,
+)
 from lizardzoo.kernels.heavy import init_state, reference
-from lizardzoo.kernels.heavy.selection import select
+from lizardzoo.kernels.heavy.selection import select, visible
 from lizardzoo.kernels.merge import joint
 from lizardzoo.kernels.window import init_state as init_window_state
 from lizardzoo.testing import heavy_oracle, token_flags, visible_pairs
@@ -130,9 +136,9 @@ def test_a_selection_is_that_of_a_loop(data: st.DataObject) -> None:
         n, inside = divmod(t, chunk)
         if value > float("-inf"):
             held = sorted([*held, t], key=lambda s: (stream[s], s))[-heavy:]
-        visible = found.visible[n, inside]
+        seen = visible(found.until, heavy)[n, inside]
         places = torch.cat([found.held[n], heavy + n * chunk + torch.arange(chunk)])
-        assert sorted((places[visible] - heavy).tolist()) == sorted(held), t
+        assert sorted((places[seen] - heavy).tolist()) == sorted(held), t
     assert sorted((found.last[found.any_last] - heavy).tolist()) == sorted(held)
 
 
@@ -150,6 +156,29 @@ def test_a_token_that_is_read_again_and_again_is_held() -> None:
     *far, _ = heavy_attention(q, k, v, near[1], heavy=2, **window)
     y, _ = joint([(near[0], near[1]), (far[0], far[1])])
     assert (y[0, -1] - v[0, 5]).norm() < 0.1
+
+
+@given(cases(documents=False))
+def test_a_step_of_both_is_the_softmax_over_what_either_holds(case: Case) -> None:
+    """One denominator, and both states as their own steps leave them."""
+    keep, mask = case.options["keep"], case.flags["mask"]
+    (batch, length, _, _), kv_heads = case.q.shape, case.k.shape[2]
+    past: Any = init_window_state(batch, kv_heads, 4, case.options["window"], keep, torch.float64, "cpu")
+    past = past._replace(v=past.v[..., :3], kept_v=past.kept_v[..., :3])
+    state: Any = init_state(batch, kv_heads, 4, case.options["window"], case.options["heavy"], torch.float64, "cpu")
+    state = state._replace(v=state.v[..., :3])
+    for t in range(length):
+        now = slice(t, t + 1)
+        q, k, v = (x[:, now] for x in case[:3])
+        options = {"keep": keep, "mask": None if mask is None else mask[:, now]}
+        y, log_mass, both_past, both_state = window_and_heavy_step(q, k, v, past, state, **options)
+        *near, new_past = window_attention_step(q, k, v, past, **options)
+        *far, state = heavy_attention_step(q, k, v, near[1], past, state, **options)
+        past = new_past
+        expected = joint([(near[0], near[1]), (far[0], far[1])])
+        assert error(y, expected[0]) <= 1e-12 and error(log_mass, expected[1]) <= 1e-12
+        for a, b in zip((*both_past, *both_state), (*past, *state), strict=True):
+            assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(
@@ -188,3 +217,9 @@ def test_a_step_takes_one_token_and_no_gradients_in_place() -> None:
     one = [torch.zeros(1, 1, 1, 4)] * 3
     with pytest.raises(LizardzooError, match="in_place=True gives no gradients"):
         heavy_attention_step(*one, torch.zeros(1, 1, 1), past, state, in_place=True)
+    with pytest.raises(LizardzooError, match="a step takes one token, got 2; call heavy_attention"):
+        window_and_heavy_step(*two, past, state)
+    with pytest.raises(LizardzooError, match="in_place=True gives no gradients"):
+        window_and_heavy_step(*one, past, state, in_place=True)
+    with pytest.raises(LizardzooError, match="the state was made with window=4, keep=0, got window=4, keep=2"):
+        window_and_heavy_step(*one, past, state, keep=2)

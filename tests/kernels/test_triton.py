@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from lizardzoo import LizardzooError
-from lizardzoo.kernels import gated_linear_attention, hybrid_attention, window_attention
+from lizardzoo.kernels import gated_linear_attention, heavy_attention, hybrid_attention, window_attention
 
 LAWS = sorted(Path(__file__).parent.glob("*_triton_laws.py"))
 
@@ -42,6 +42,7 @@ def test_what_info_says_of_triton_is_what_its_kernels_take() -> None:
         "gated_linear_attention": MAX_SIZE,
         "hybrid_attention": MAX_SIZE,
         "token_gates": MAX_COLUMNS,
+        "heavy_attention": MAX_DIM,
     }
 
 
@@ -83,8 +84,9 @@ def test_the_laws_hold_in_the_interpreter(laws: Path) -> None:
         (window_attention, {"window": 3}),
         (gated_linear_attention, {}),
         (hybrid_attention, {"window": 3, "lag": 3, "rotated": (torch.zeros(1, 2, 1, 4),) * 2}),
+        (heavy_attention, {"window": 3, "heavy": 2, "log_mass": torch.zeros(1, 2, 1)}),
     ],
-    ids=["window", "gated_linear", "hybrid"],
+    ids=["window", "gated_linear", "hybrid", "heavy"],
 )
 def test_without_the_interpreter_a_cpu_tensor_is_one_clear_error(attention: Any, options: dict[str, Any]) -> None:
     q = torch.zeros(1, 2, 1, 4)

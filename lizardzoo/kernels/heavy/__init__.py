@@ -7,16 +7,19 @@ weights are squared: one query that needs a token tells more than many that touc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from lizardzoo.errors import LizardzooError
-from lizardzoo.kernels.dispatch import check_qkv, check_token_flags
+from lizardzoo.kernels.dispatch import Impl, check_qkv, check_token_flags, implementation
 from lizardzoo.kernels.heavy import reference
 from lizardzoo.kernels.heavy.state import HeavyState, init_state
 from lizardzoo.kernels.state import check_in_place
-from lizardzoo.kernels.window import WindowState
+from lizardzoo.kernels.window import WindowState, check_arguments
 
-__all__ = ["HeavyState", "heavy_attention", "heavy_attention_step", "init_state"]
+__all__ = ["HeavyState", "heavy_attention", "heavy_attention_step", "init_state", "window_and_heavy_step"]
 
 OP = "heavy_attention"
 
@@ -36,6 +39,7 @@ def heavy_attention(
     past: WindowState | None = None,
     state: HeavyState | None = None,
     return_state: bool = True,
+    impl: Impl | str = Impl.AUTO,
 ) -> tuple[Tensor, Tensor, HeavyState | None]:
     """Attend to the `heavy` tokens that drew most attention, of those that `window_attention` sees no more.
 
@@ -44,7 +48,7 @@ def heavy_attention(
         score_t = sum_{i = t + max(1, window // 8)}^{t + window - 1} sum_h e^{2 (s_it - log_mass_ih)}
 
     h: the query heads that share t's key head, each of which chooses for itself. Of equal scores the later one counts
-    more. No gradient flows into the choice. The same in plain PyTorch on every device.
+    more. No gradient flows into the choice.
 
     Args:
         q, k, v: [B, T, H, D], [B, T, Hkv, D], [B, T, Hkv, Dv], rotated as for `window_attention`.
@@ -57,17 +61,19 @@ def heavy_attention(
         past: the window's state BEFORE these tokens; given if and only if `state` is.
         state: from an earlier call, to go on behind it.
         return_state: False saves the work when nothing follows.
+        impl: which implementation computes; see `lizardzoo.kernels`.
 
     Returns:
         y [B, T, H, Dv] in q's dtype, log_mass [B, T, H] of what is held, and the state (None unless wanted).
 
     Raises:
-        LizardzooError: shapes, dtypes or sizes that do not fit.
+        LizardzooError: shapes, dtypes or sizes that do not fit, or that the implementation does not take.
     """
     _check(q, k, v, log_mass, window, heavy, keep, past, state)
     check_token_flags(OP, q, mask=mask, starts=starts)
+    kernels = _kernels(impl, q, v, _triton)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return reference.chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, state, return_state)
+    return kernels.chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, state, return_state)
 
 
 def heavy_attention_step(
@@ -82,11 +88,12 @@ def heavy_attention_step(
     scale: float | None = None,
     mask: Tensor | None = None,
     in_place: bool = False,
+    impl: Impl | str = Impl.AUTO,
 ) -> tuple[Tensor, Tensor, HeavyState]:
     """`heavy_attention` of one token behind a state.
 
     Args:
-        q, k, v, log_mass, keep, scale, mask: as for `heavy_attention`, with T = 1.
+        q, k, v, log_mass, keep, scale, mask, impl: as for `heavy_attention`, with T = 1.
         past: the window's state BEFORE this token.
         state: what the call before returned, or the start state.
         in_place: the tensors of `state` are overwritten, and it is the one returned; without gradients only.
@@ -99,11 +106,75 @@ def heavy_attention_step(
     """
     _check(q, k, v, log_mass, past.k.shape[1], state.k.shape[1], keep, past, state)
     check_token_flags(OP, q, mask=mask)
+    _check_step(q, in_place)
+    kernels = _kernels(impl, q, v, _triton_step)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return kernels.step(q, k, v, log_mass, keep, scale, mask, past, state, in_place)
+
+
+def window_and_heavy_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past: WindowState,
+    state: HeavyState,
+    *,
+    keep: int = 0,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    in_place: bool = False,
+    impl: Impl | str = Impl.AUTO,
+) -> tuple[Tensor, Tensor, WindowState, HeavyState]:
+    """One token on its window and on what is held, under one denominator: a decode step of both.
+
+    The joint of `window_attention_step` and `heavy_attention_step`; in Triton one kernel.
+
+    Args:
+        q, k, v, past, state, keep, scale, mask, impl: as for `heavy_attention_step`.
+        sinks: as for `window_attention`.
+        in_place: the tensors of `past` and `state` are overwritten, and they are returned; without gradients only.
+
+    Returns:
+        y [B, 1, H, Dv] in q's dtype, log_mass [B, 1, H], and both states behind the token.
+
+    Raises:
+        LizardzooError: as `heavy_attention_step`.
+    """
+    window = past.k.shape[1]
+    check_arguments(OP, q, k, v, window, keep, sinks, past)
+    _check(q, k, v, q[..., 0], window, state.k.shape[1], keep, past, state)
+    check_token_flags(OP, q, mask=mask)
+    _check_step(q, in_place)
+    kernels = _kernels(impl, q, v, _triton_step)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return kernels.joint_step(q, k, v, keep, sinks, scale, mask, past, state, in_place)
+
+
+def _kernels(impl: Impl | str, q: Tensor, v: Tensor, triton: Callable[[], Any]) -> Any:
+    """The module that computes."""
+    kernels = implementation(OP, impl, q.device, reference, triton)
+    if kernels is not reference:
+        kernels.check(OP, q, v)
+    return kernels
+
+
+def _triton() -> Any:
+    from lizardzoo.kernels.heavy import ops
+
+    return ops
+
+
+def _triton_step() -> Any:
+    from lizardzoo.kernels.heavy import step
+
+    return step
+
+
+def _check_step(q: Tensor, in_place: bool) -> None:
     if q.shape[1] != 1:
         raise LizardzooError(f"{OP}: a step takes one token, got {q.shape[1]}; call heavy_attention")
     check_in_place(OP, in_place)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return reference.step(q, k, v, log_mass, keep, scale, mask, past, state, in_place)
 
 
 def _check(

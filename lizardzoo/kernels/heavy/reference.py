@@ -8,11 +8,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lizardzoo.kernels.dispatch import compute_dtype
-from lizardzoo.kernels.heavy.selection import select
-from lizardzoo.kernels.heavy.state import HeavyState, init_state
+from lizardzoo.kernels.heavy.selection import select, visible
+from lizardzoo.kernels.heavy.state import HeavyState, by_score, init_state, next_state
+from lizardzoo.kernels.merge import joint
 from lizardzoo.kernels.rows import Rows, arrange, last_document, ring_ranks, take_tokens, unroll
 from lizardzoo.kernels.state import overwrite
 from lizardzoo.kernels.window import init_state as init_window_state
+from lizardzoo.kernels.window import reference as window_reference
 
 CHUNK = 128
 NEG_INF = float("-inf")
@@ -45,12 +47,7 @@ def chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, s
     leaves = rows.valid & (rows.rank >= window + keep)
     scores = torch.where(leaves[..., None], drawn[:, :count], NEG_INF)
 
-    # The past sorted, so that equal scores yield in the order in which they came.
-    order = state.rank.argsort(dim=1, descending=True)
-    order = order.gather(1, state.score.gather(1, order).argsort(dim=1, descending=True, stable=True))
-    held_score, held_rank = state.score.gather(1, order), state.rank.gather(1, order)
-    held_k, held_v = (x.gather(1, order[..., None].expand_as(x)) for x in (state.k, state.v))
-
+    held_k, held_v, held_score, held_rank = by_score(state)
     chunk = min(CHUNK, count)
     fill = -count % chunk
     rank = torch.cat([held_rank, (rows.rank - window).to(held_rank.dtype)[..., None].expand(-1, -1, kv_heads)], 1)
@@ -58,19 +55,20 @@ def chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, s
     order_by = score.transpose(1, 2)  # [B, Hkv, heavy + T]
     document = None
     if starts is not None:  # a later document's tokens beat all of an earlier one's
-        document = F.pad(rows.document, (heavy, fill))
+        document = torch.cat([F.pad(rows.document, (heavy, 0)), rows.last_document().expand(-1, fill)], 1)
         step = window * (heads // kv_heads) + 1.0  # more than any score
         order_by = order_by.double() + step * document[:, None]
     chosen = select(order_by, heavy, chunk)
 
-    visible = chosen.visible
-    if document is not None:
-        own = document[:, heavy:].view(batch, 1, -1, chunk)
+    until = chosen.until
+    if document is not None:  # what is held of an earlier document is seen up to the beginning of the next
+        own = document[:, None, heavy:].expand(-1, kv_heads, -1).unflatten(2, (-1, chunk))
         theirs = document[:, None].expand(-1, kv_heads, -1).gather(2, chosen.held.flatten(2)).view(chosen.held.shape)
-        visible = visible & (own[..., None] == torch.cat([theirs, own.expand(-1, kv_heads, -1, -1)], -1)[..., None, :])
+        ends = torch.searchsorted(own.contiguous(), torch.cat([theirs, own], -1), right=True, out_int32=True)
+        until = until.minimum(ends)
 
     all_k, all_v = torch.cat([held_k, keys[:, :count]], 1), torch.cat([held_v, values[:, :count]], 1)
-    arguments = (q, all_k, all_v, chosen.held, visible, scale)
+    arguments = (q, all_k, all_v, chosen.held, until, scale)
     if torch.is_grad_enabled() and any(x.requires_grad for x in arguments[:3]):
         # The scores of all queries would outweigh the rest of the layer.
         y, mass = checkpoint(_attend, *arguments, use_reentrant=False)
@@ -87,10 +85,8 @@ def chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, s
             there = there & (of == rows.last_document()[..., None])
         kept = torch.where(there, score.gather(1, last), NEG_INF)
         last = last.clamp(max=rank.shape[1] - 1)  # behind them, where the last chunk was filled up, is no token
-        first, length = last_document(rows, count, past.length)
-        slots = (first[:, None] + ring_ranks(length, window) + window).clamp(min=0)
-        last_k, last_v = (x.gather(1, last[..., None].expand(*last.shape, x.shape[-1])) for x in (all_k, all_v))
-        new_state = HeavyState(last_k, last_v, kept, rank.gather(1, last), take_tokens(drawn, slots))
+        began, length = last_document(rows, count, past.length)
+        new_state = next_state(all_k, all_v, last, kept, rank.gather(1, last), drawn, began, length, window)
     return rows.unpack(y).to(q.dtype), rows.unpack(mass), new_state
 
 
@@ -137,15 +133,25 @@ def step(q, k, v, log_mass, keep, scale, mask, past, state, in_place):  # type: 
     return y, mass, overwrite(state, new) if in_place else new
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, held: Tensor, visible: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def joint_step(q, k, v, keep, sinks, scale, mask, past, state, in_place):  # type: ignore[no-untyped-def]
+    """One token of both branches; see `lizardzoo.kernels.heavy.window_and_heavy_step`."""
+    *near, new_past = window_reference.step(q, k, v, keep, sinks, scale, mask, past, False)
+    *far, new_state = step(q, k, v, near[1], keep, scale, mask, past, state, False)
+    y, log_mass = joint([(near[0], near[1]), (far[0], far[1])])
+    if in_place:
+        new_past, new_state = overwrite(past, new_past), overwrite(state, new_state)
+    return y.to(q.dtype), log_mass, new_past, new_state
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, held: Tensor, until: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Every chunk's queries on what was held at its start and on what has joined since.
 
-    q [B, T, H, D]; k, v [B, heavy + T, Hkv, D]; held [B, Hkv, N, heavy]; visible [B, Hkv, N, C, heavy + C].
+    q [B, T, H, D]; k, v [B, heavy + T, Hkv, D]; held [B, Hkv, N, heavy]; until [B, Hkv, N, heavy + C].
     """
     dtype = compute_dtype(q)
     batch, count, heads, dim = q.shape
     kv_heads, chunks, heavy = held.shape[1:]
-    chunk, groups = visible.shape[-2], heads // kv_heads
+    chunk, groups = until.shape[-1] - heavy, heads // kv_heads
     fill = chunks * chunk - count
 
     def candidates(x: Tensor) -> Tensor:  # [B, Hkv, N, heavy + C, D]
@@ -156,7 +162,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, held: Tensor, visible: Tensor, scal
     qs = F.pad(q, (0, 0, 0, 0, 0, fill)).to(dtype) * scale
     qs = qs.view(batch, chunks, chunk, kv_heads, groups, dim).permute(0, 3, 1, 4, 2, 5)  # [B, Hkv, N, G, C, D]
     logits = (qs.flatten(3, 4) @ candidates(k).transpose(-1, -2)).unflatten(3, (groups, chunk))
-    weights, mass = _softmax(logits.masked_fill(~visible[:, :, :, None], NEG_INF))
+    weights, mass = _softmax(logits.masked_fill(~visible(until, heavy)[:, :, :, None], NEG_INF))
     y = (weights.flatten(3, 4) @ candidates(v)).unflatten(3, (groups, chunk))
     y = y.permute(0, 2, 4, 1, 3, 5).reshape(batch, chunks * chunk, heads, -1)[:, :count]
     return y, mass.permute(0, 2, 4, 1, 3).reshape(batch, chunks * chunk, heads)[:, :count]

@@ -21,16 +21,24 @@ class Selection(NamedTuple):
 
     Attributes:
         held: [..., N, heavy], places of the tokens held when each chunk begins, best first.
-        visible: [..., N, C, heavy + C] bool: when the chunk's t-th token has joined, which of those that were held and
-            of the chunk's own are held.
+        until: [..., N, heavy + C] int32, of those that were held and of the chunk's own: which of the chunk's tokens is
+            the first to join that leaves no room for it; C: none does. See `visible`.
         last: [..., heavy], places of the tokens held behind the stream.
         any_last: [..., heavy] bool, whether there is a token at all.
     """
 
     held: Tensor
-    visible: Tensor
+    until: Tensor
     last: Tensor
     any_last: Tensor
+
+
+def visible(until: Tensor, heavy: int) -> Tensor:
+    """[..., N, C, heavy + C] bool: which candidates are held when the chunk's t-th token has joined."""
+    chunk = until.shape[-1] - heavy
+    time = torch.arange(chunk, device=until.device)
+    since = F.pad(time, (heavy, 0))  # what was held is there from the chunk's beginning
+    return (time[:, None] >= since) & (time[:, None] < until[..., None, :])
 
 
 def select(keys: Tensor, heavy: int, chunk: int) -> Selection:
@@ -54,7 +62,7 @@ def select(keys: Tensor, heavy: int, chunk: int) -> Selection:
         best, where = (torch.cat([x[..., :reach, :], new], -2) for x, new in zip((best, where), merged))
         reach *= 2
     held = best[..., :-1, :]
-    return Selection(where[..., :-1, :], _visible(held, stream), where[..., -1, :], best[..., -1, :] > NEG_INF)
+    return Selection(where[..., :-1, :], _until(held, stream), where[..., -1, :], best[..., -1, :] > NEG_INF)
 
 
 def _best(keys: Tensor, places: Tensor, heavy: int) -> tuple[Tensor, Tensor]:
@@ -65,8 +73,8 @@ def _best(keys: Tensor, places: Tensor, heavy: int) -> tuple[Tensor, Tensor]:
     return F.pad(keys, (0, fill), value=NEG_INF), F.pad(places, (0, fill))
 
 
-def _visible(held: Tensor, stream: Tensor) -> Tensor:
-    """See `Selection.visible`; held [..., N, heavy] sorted, stream [..., N, C], both keys."""
+def _until(held: Tensor, stream: Tensor) -> Tensor:
+    """See `Selection.until`; held [..., N, heavy] sorted, stream [..., N, C], both keys."""
     heavy, chunk = held.shape[-1], stream.shape[-1]
     time = torch.arange(chunk, device=stream.device)
     new, real = stream[..., :, None], (stream > NEG_INF)[..., :, None]
@@ -77,6 +85,5 @@ def _visible(held: Tensor, stream: Tensor) -> Tensor:
     before = torch.arange(heavy, device=held.device, dtype=torch.int32).expand(held.shape)
     joined = (held[..., None, :] > new).sum(-1, dtype=torch.int32)
     beaten = beaten + torch.cat([before, joined], -1)[..., None, :]
-    there = torch.cat([held, stream], -1)[..., None, :] > NEG_INF
-    has_joined = torch.cat([torch.ones(chunk, heavy, dtype=torch.bool, device=time.device), time[:, None] >= time], -1)
-    return (beaten < heavy) & there & has_joined
+    there = torch.cat([held, stream], -1) > NEG_INF
+    return torch.where(there, (beaten < heavy).sum(-2, dtype=torch.int32), 0)

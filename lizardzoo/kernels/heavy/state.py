@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lizardzoo.kernels.rows import ring_ranks, take_tokens
+
 
 class HeavyState(NamedTuple):
     """The tokens that are held, in any order, and how much attention those of the window have drawn so far.
@@ -45,3 +47,25 @@ def init_state(
         torch.zeros(batch, heavy, kv_heads, dtype=torch.int32, device=device),
         torch.zeros(batch, window, kv_heads, dtype=wide, device=device),
     )
+
+
+def by_score(state: HeavyState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """k, v, score and rank, best first; of equal scores, the later token first."""
+    order = state.rank.argsort(dim=1, descending=True)
+    order = order.gather(1, state.score.gather(1, order).argsort(dim=1, descending=True, stable=True))
+    k, v = (x.gather(1, order[..., None].expand_as(x)) for x in (state.k, state.v))
+    return k, v, state.score.gather(1, order), state.rank.gather(1, order)
+
+
+def next_state(
+    k: Tensor, v: Tensor, index: Tensor, score: Tensor, rank: Tensor, drawn: Tensor, began: Tensor, length: Tensor,
+    window: int,
+) -> HeavyState:  # fmt: skip
+    """The state that holds the rows index [B, heavy, Hkv] of k and v.
+
+    score, rank: likewise. drawn [B, window + T, Hkv]: of the window's past, oldest first, and the new tokens.
+    began, length: see `last_document`.
+    """
+    held_k, held_v = (x.gather(1, index[..., None].expand(*index.shape, x.shape[-1])) for x in (k, v))
+    slots = (began[:, None] + ring_ranks(length, window) + window).clamp(min=0)
+    return HeavyState(held_k, held_v, score, rank.int(), take_tokens(drawn, slots))

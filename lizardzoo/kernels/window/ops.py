@@ -222,15 +222,24 @@ class Placed(NamedTuple):
     offset: int
 
 
-def place(k, v, sinks, heads, rows, packed, state):
-    """k, v [B, T, Hkv, D], packed as `rows` says; packed: whether documents begin inside of them."""
+def bounds(rows, packed, length, count):
+    """Where documents begin and rows end, as kernels take it: `first` [B, T] or [B], `lengths` [B], int32 or None.
+
+    length [B]: what the incoming state has seen, None without one.
+    """
     first = lengths = None
     if rows is not None and rows.order is not None:
         lengths = rows.lengths.int()
     if packed:
-        first = (torch.arange(k.shape[1], device=k.device) - rows.rank).int()
-    elif state is not None:
-        first = -state.length.int()
+        first = (torch.arange(count, device=rows.rank.device) - rows.rank).int()
+    elif length is not None:
+        first = -length.int()
+    return first, lengths
+
+
+def place(k, v, sinks, heads, rows, packed, state):
+    """k, v [B, T, Hkv, D], packed as `rows` says; packed: whether documents begin inside of them."""
+    first, lengths = bounds(rows, packed, None if state is None else state.length, k.shape[1])
     offset = 0
     if state is not None:
         ring_k, ring_v = unroll(state.k, state.length), unroll(state.v, state.length)

@@ -360,6 +360,51 @@ def sink_masses(peak, mass, acc, SINKS, heads, inside, ssh, sinks, R: tl.constex
     return peak, mass, acc
 
 
+@triton.jit
+def step_masses(
+    peak, mass, acc, q, k_new, v_new, RING_K, RING_V, KEPT_K, KEPT_V, SINKS, b, head, heads, inside, length, window,
+    keep, sinks, scale, ssh, HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """What one token sees in the window, itself in its slot, of the kept tokens and of the sinks; see `_attend`."""
+    for j0 in range(0, window, N):
+        j = j0 + tl.arange(0, N)
+        there = (j < window) & (j <= length)
+        place = ((b * window + j) * HKV + head).to(tl.int64)
+        here = (j == length % window)[:, None]
+        k = tl.where(here, k_new[None, :], _load(RING_K, place * DK, there, DK, BLOCK_DK))
+        v = tl.where(here, v_new[None, :], _load(RING_V, place * DV, there, DV, BLOCK_DV))
+        scores = _dot(q, tl.trans(k)) * (scale * LOG2E)
+        peak, mass, acc = _attend(peak, mass, acc, scores, there[None, :] & inside[:, None], v)
+    for r0 in range(0, keep, R):
+        r = r0 + tl.arange(0, R)
+        there = (r < keep) & (r <= length - window)
+        place = ((b * keep + r) * HKV + head).to(tl.int64)
+        k = _load(KEPT_K, place * DK, there, DK, BLOCK_DK)
+        v = _load(KEPT_V, place * DV, there, DV, BLOCK_DV)
+        scores = _dot(q, tl.trans(k)) * (scale * LOG2E)
+        peak, mass, acc = _attend(peak, mass, acc, scores, there[None, :] & inside[:, None], v)
+    if SINKS is not None:
+        peak, mass, acc = sink_masses(peak, mass, acc, SINKS, heads, inside, ssh, sinks, R)
+    return peak, mass, acc
+
+
+@triton.jit
+def write_token(
+    k_new, v_new, RING_K, RING_V, KEPT_K, KEPT_V, b, head, length, window, keep, real, HKV: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """A token (nothing unless `real`) into its slots of the ring and of the kept ones."""
+    d, dv = tl.arange(0, BLOCK_DK), tl.arange(0, BLOCK_DV)
+    place = (b * window + length % window) * HKV + head
+    tl.store(RING_K + place * DK + d, k_new, mask=d < DK * real)
+    tl.store(RING_V + place * DV + dv, v_new, mask=dv < DV * real)
+    kept = tl.where(length < keep, real, 0)
+    place = (b * keep + length) * HKV + head
+    tl.store(KEPT_K + place * DK + d, k_new, mask=d < DK * kept)
+    tl.store(KEPT_V + place * DV + dv, v_new, mask=dv < DV * kept)
+
+
 @triton.jit(do_not_specialize=["window", "keep", "sinks"])
 def step_kernel(
     Q, K, V, RING_K, RING_V, KEPT_K, KEPT_V, LENGTH, SINKS, MASK, Y, LOG_MASS, window, keep, sinks, scale,
@@ -386,35 +431,32 @@ def step_kernel(
     mass = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, BLOCK_DV], tl.float32)
 
-    for j0 in range(0, window, N):
-        j = j0 + tl.arange(0, N)
-        there = (j < window) & (j <= length)
-        place = ((b * window + j) * HKV + head).to(tl.int64)
-        here = (j == length % window)[:, None]
-        k = tl.where(here, k_new[None, :], _load(RING_K, place * DK, there, DK, BLOCK_DK))
-        v = tl.where(here, v_new[None, :], _load(RING_V, place * DV, there, DV, BLOCK_DV))
-        scores = _dot(q, tl.trans(k)) * (scale * LOG2E)
-        peak, mass, acc = _attend(peak, mass, acc, scores, there[None, :] & inside[:, None], v)
-    for r0 in range(0, keep, R):
-        r = r0 + tl.arange(0, R)
-        there = (r < keep) & (r <= length - window)
-        place = ((b * keep + r) * HKV + head).to(tl.int64)
-        k = _load(KEPT_K, place * DK, there, DK, BLOCK_DK)
-        v = _load(KEPT_V, place * DV, there, DV, BLOCK_DV)
-        scores = _dot(q, tl.trans(k)) * (scale * LOG2E)
-        peak, mass, acc = _attend(peak, mass, acc, scores, there[None, :] & inside[:, None], v)
-    if SINKS is not None:
-        peak, mass, acc = sink_masses(peak, mass, acc, SINKS, heads, inside, ssh, sinks, R)
+    peak, mass, acc = step_masses(
+        peak, mass, acc, q, k_new, v_new, RING_K, RING_V, KEPT_K, KEPT_V, SINKS, b, head, heads, inside, length, window,
+        keep, sinks, scale, ssh, HKV, DK, DV, BLOCK_DK, BLOCK_DV, N, R,
+    )  # fmt: skip
     answers = inside & (real != 0)
     mass = tl.where(answers, mass, 1.0)
     y = tl.where(answers[:, None], acc / mass[:, None], 0.0)
     place = b * (HKV * G) + heads
     _store(Y, place * DV, y.to(Y.dtype.element_ty), inside, DV, BLOCK_DV)
     tl.store(LOG_MASS + place, tl.where(answers, (peak + tl.log2(mass)) / LOG2E, float("-inf")), mask=inside)
-    place = (b * window + length % window) * HKV + head
-    tl.store(RING_K + place * DK + d, k_new, mask=d < DK * real)
-    tl.store(RING_V + place * DV + dv, v_new, mask=dv < DV * real)
-    kept = tl.where(length < keep, real, 0)
-    place = (b * keep + length) * HKV + head
-    tl.store(KEPT_K + place * DK + d, k_new, mask=d < DK * kept)
-    tl.store(KEPT_V + place * DV + dv, v_new, mask=dv < DV * kept)
+    write_token(
+        k_new,
+        v_new,
+        RING_K,
+        RING_V,
+        KEPT_K,
+        KEPT_V,
+        b,
+        head,
+        length,
+        window,
+        keep,
+        real,
+        HKV,
+        DK,
+        DV,
+        BLOCK_DK,
+        BLOCK_DV,
+    )

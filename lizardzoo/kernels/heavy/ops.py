@@ -1,0 +1,293 @@
+"""Heavy attention by the Triton kernels: launches, torch ops with gradients, states."""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lizardzoo.kernels.heavy import triton as kernels
+from lizardzoo.kernels.heavy import triton_choice as choice
+from lizardzoo.kernels.heavy.state import by_score, next_state
+from lizardzoo.kernels.launching import decisive, launch, power_of_2, strides, unit_stride
+from lizardzoo.kernels.rows import arrange, last_document, unroll
+from lizardzoo.kernels.window import ops as window_ops
+
+OP = "heavy_attention"
+INTERPRETED = window_ops.INTERPRETED
+CHUNK = 16 if INTERPRETED else 128
+# Kernel -> (bytes of a number, head_dim up to) -> query rows M, keys N, warps, stages: the window's where the registers
+# hold them; not yet measured on a device.
+TILES = {
+    "drawn": {(2, 64): (64, 64, 4, 3), (2, 128): (64, 64, 4, 2), (2, 256): (64, 64, 8, 1),
+              (4, 64): (32, 32, 4, 2), (4, 128): (32, 32, 8, 1), (4, 256): (16, 16, 4, 1)},
+    "forward": {(2, 64): (64, 32, 4, 3), (2, 128): (64, 32, 4, 3), (2, 256): (64, 32, 8, 2),
+                (4, 64): (64, 32, 8, 2), (4, 128): (32, 32, 8, 2), (4, 256): (16, 16, 4, 1)},
+    "query": {(2, 64): (64, 32, 4, 3), (2, 128): (64, 32, 4, 2), (2, 256): (32, 32, 8, 1),
+              (4, 64): (32, 32, 8, 1), (4, 128): (16, 16, 8, 1), (4, 256): (16, 16, 8, 1)},
+    "candidate": {(2, 64): (64, 64, 4, 2), (2, 128): (32, 64, 4, 2), (2, 256): (32, 32, 8, 1),
+                  (4, 64): (32, 32, 8, 1), (4, 128): (16, 32, 8, 1), (4, 256): (16, 16, 4, 1)},
+}  # fmt: skip
+
+
+def check(op: str, q: Tensor, v: Tensor) -> None:
+    """What these kernels do not take is what the window's do not."""
+    window_ops.check(op, q, v)
+
+
+def _cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _tiles(kernel: str, q: Tensor, v: Tensor) -> tuple[dict[str, int], dict[str, int]]:
+    """M and N of a kernel; warps and stages."""
+    if INTERPRETED:
+        return {"M": 16, "N": 16}, {}
+    dim = max(64, power_of_2(max(q.shape[3], v.shape[3])))
+    rows, keys, warps, stages = TILES[kernel][q.element_size(), dim]
+    return {"M": rows, "N": keys}, {"num_warps": warps, "num_stages": stages}
+
+
+def _sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
+    """Compile-time sizes that every kernel of the attention takes."""
+    sizes = {"HKV": k.shape[2], "G": q.shape[2] // k.shape[2], "DK": q.shape[3], "DV": v.shape[3]}
+    return sizes | {"BLOCK_DK": power_of_2(q.shape[3]), "BLOCK_DV": power_of_2(v.shape[3]), "C": CHUNK}
+
+
+def choose(q, k, log_mass, before, past, first, lengths, window, keep, heavy, offset, scale):
+    """Who is held when.
+
+    Args:
+        q, k, log_mass: [B, T, H, D], [B, offset + T, Hkv, D], [B, T, H] fp32.
+        before: [B, window, Hkv], what the state's tokens have drawn, oldest first.
+        past: [B, Hkv, heavy], keys of what the state holds, best first (see `triton_choice.py`).
+        first, lengths: see `window.ops.bounds`.
+
+    Returns:
+        keys, places: [B, Hkv, N + 1, heavy], of what is held when each of N chunks begins, and behind all.
+        until, following: [B, Hkv, N, heavy + C] int32: `Selection.until`; which candidate of the next chunk each is.
+        drawn: [B, window + T, Hkv], of the state's window and the new tokens.
+    """
+    q, k = unit_stride(q), unit_stride(k)
+    batch, count, heads, dim = q.shape
+    kv_heads, documents = k.shape[2], first is not None and first.ndim == 2
+    lines, chunks, device = batch * kv_heads, _cdiv(count, CHUNK), q.device
+    integers = partial(torch.empty, dtype=torch.int32, device=device)
+    whole = torch.int64 if documents else torch.int32
+    stream = integers(batch, kv_heads, count, dtype=whole)
+    drawn = torch.empty(batch, window + count, kv_heads, dtype=torch.float32, device=device)
+    tiles, options = _tiles("drawn", q, k)
+    launch(
+        choice.drawn_kernel, (lines * _cdiv(window + count, tiles["N"]),),
+        (*decisive(q, k), before is None, first is None, lengths is None),
+        (q, k, log_mass, before, first, lengths, stream, drawn), (count, window, keep, offset, scale, *strides(q, k)),
+        {"HKV": kv_heads, "G": heads // kv_heads, "DK": dim, "BLOCK_DK": power_of_2(dim), "DOCUMENTS": documents,
+         **tiles}, **options,
+    )  # fmt: skip
+
+    shape = (batch, kv_heads, chunks + 1, heavy)
+    keys, places = integers(shape, dtype=whole), integers(shape)
+    launch(
+        choice.sort_kernel, (lines * (chunks + 1),), (whole, past is None), (stream, past, keys, places),
+        (count, heavy), {"C": CHUNK}, num_warps=8,
+    )  # fmt: skip
+    tile, reach = 16 if INTERPRETED else min(128, power_of_2(heavy)), 1
+    other_keys, other_places = torch.empty_like(keys), torch.empty_like(places)
+    while reach <= chunks:  # doubles how many chunks back a list has seen
+        launch(
+            choice.merge_kernel, (lines * (chunks + 1) * _cdiv(heavy, tile),), (whole,),
+            (keys, places, other_keys, other_places), (chunks + 1, heavy, reach), {"J": tile}, num_warps=4,
+        )  # fmt: skip
+        keys, places, other_keys, other_places = other_keys, other_places, keys, places
+        reach *= 2
+    until, following = (integers(batch, kv_heads, chunks, heavy + CHUNK) for _ in range(2))
+    tile = 16 if INTERPRETED else 32
+    launch(
+        choice.until_kernel, (lines * chunks * _cdiv(heavy + CHUNK, tile),), (whole, first is None),
+        (stream, keys, first, until, following), (count, heavy),
+        {"HKV": kv_heads, "DOCUMENTS": documents, "C": CHUNK, "J": tile}, num_warps=4,
+    )  # fmt: skip
+    return keys, places, until, following, drawn
+
+
+_choice = torch.library.custom_op(
+    "lizardzoo::heavy_choice",
+    choose,
+    mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor log_mass, Tensor? before, Tensor? past, Tensor? first, Tensor? lengths,"
+    " SymInt window, SymInt keep, SymInt heavy, SymInt offset, float scale)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@_choice.register_fake
+def _(q, k, log_mass, before, past, first, lengths, window, keep, heavy, offset, scale):
+    batch, count, kv_heads = q.shape[0], q.shape[1], k.shape[2]
+    chunks = (count + CHUNK - 1) // CHUNK
+    whole = torch.int64 if first is not None and first.ndim == 2 else torch.int32
+    lists, candidates = (batch, kv_heads, chunks + 1, heavy), (batch, kv_heads, chunks, heavy + CHUNK)
+    found = [q.new_empty(shape, dtype=torch.int32) for shape in (lists, candidates, candidates)]
+    drawn = q.new_empty((batch, window + count, kv_heads), dtype=torch.float32)
+    return q.new_empty(lists, dtype=whole), *found, drawn
+
+
+def attend(q, k, v, places, until, following, lengths, shift, scale):
+    """y, log_mass of q [B, T, H, D] on what `choose` found; place p is row p + shift of k and v."""
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    (batch, count, heads, _), (_, kv_heads, lists, heavy) = q.shape, places.shape
+    y = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
+    log_mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    tiles, options = _tiles("forward", q, v)
+    launch(
+        kernels.forward_kernel, (batch * kv_heads * (lists - 1) * _cdiv(CHUNK * (heads // kv_heads), tiles["M"]),),
+        (*decisive(q, k, v), lengths is None), (q, k, v, places, until, lengths, y, log_mass),
+        (count, heavy, shift, scale, *strides(q, k, v)), {**_sizes(q, k, v), **tiles}, **options,
+    )  # fmt: skip
+    return y, log_mass
+
+
+SIGNATURE = "Tensor q, Tensor k, Tensor v, Tensor places, Tensor until, Tensor following, Tensor? lengths"
+_attention = torch.library.custom_op(
+    "lizardzoo::heavy_attention",
+    attend,
+    mutates_args=(),
+    schema=f"({SIGNATURE}, SymInt shift, float scale) -> (Tensor, Tensor)",
+)
+
+
+@_attention.register_fake
+def _(q, k, v, places, until, following, lengths, shift, scale):
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def gradients(q, k, v, places, until, following, lengths, y, log_mass, dy, dlog_mass, shift, scale):
+    """Gradients of q, k and v."""
+    q, k, v, dy = unit_stride(q), unit_stride(k), unit_stride(v), dy.contiguous()
+    dlog_mass = None if dlog_mass is None else dlog_mass.contiguous()
+    (batch, count, heads, _), (_, kv_heads, lists, heavy) = q.shape, places.shape
+    lines, chunks, total, sizes = batch * kv_heads, lists - 1, k.shape[1], _sizes(q, k, v)
+    delta = torch.empty_like(log_mass)
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    numbers = (count, heavy, shift, scale, *strides(q, k, v))
+    form = (*decisive(q, k, v, y, dy), lengths is None, dlog_mass is None)
+    tiles, options = _tiles("query", q, v)
+    launch(
+        kernels.query_gradient_kernel, (lines * chunks * _cdiv(CHUNK * (heads // kv_heads), tiles["M"]),), form,
+        (q, k, v, places, until, lengths, y, log_mass, dy, dlog_mass, delta, dq), numbers, {**sizes, **tiles},
+        **options,
+    )  # fmt: skip
+    part_k, part_v = (
+        torch.empty(*until.shape, x.shape[3], dtype=torch.float32, device=x.device) for x in (k, v)
+    )  # of each chunk
+    tiles, options = _tiles("candidate", q, v)
+    launch(
+        kernels.candidate_gradient_kernel, (lines * chunks * _cdiv(heavy + CHUNK, tiles["N"]),), form,
+        (q, k, v, places, until, lengths, log_mass, dy, delta, part_k, part_v), numbers, {**sizes, **tiles}, **options,
+    )  # fmt: skip
+    tile = 16 if INTERPRETED or max(sizes["BLOCK_DK"], sizes["BLOCK_DV"]) > 128 else 32
+    sizes.pop("G")
+    launch(
+        kernels.token_gradient_kernel, (lines * _cdiv(total, tile),), (k.dtype,),
+        (following, part_k, part_v, dk, dv), (count, heavy, shift, total), {**sizes, "N": tile}, num_warps=4,
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+_backward = torch.library.custom_op(
+    "lizardzoo::heavy_attention_backward",
+    gradients,
+    mutates_args=(),
+    schema=f"({SIGNATURE}, Tensor y, Tensor log_mass, Tensor dy, Tensor? dlog_mass, SymInt shift, float scale)"
+    " -> (Tensor, Tensor, Tensor)",
+)
+
+
+@_backward.register_fake
+def _(q, k, v, places, until, following, lengths, y, log_mass, dy, dlog_mass, shift, scale):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.shift, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+    ctx.set_materialize_grads(False)
+
+
+def _autograd(backward, ctx, dy, dlog_mass):
+    *tensors, y, log_mass = ctx.saved_tensors
+    dy = torch.zeros_like(y) if dy is None else dy
+    return *backward(*tensors, y, log_mass, dy, dlog_mass, ctx.shift, ctx.scale), *[None] * 6
+
+
+_attention.register_autograd(partial(_autograd, _backward), setup_context=_setup_context)
+
+
+class _Attention(torch.autograd.Function):
+    """The same without an operator's slow way through torch's dispatcher."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        output = attend(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, dlog_mass):
+        return _autograd(gradients, ctx, dy, dlog_mass)
+
+
+def chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, state, return_state):
+    """All tokens of a sequence; see `lizardzoo.kernels.heavy.heavy_attention`."""
+    count, seen = q.shape[1], past.length if past is not None else None
+    rows = None
+    if mask is not None or starts is not None:
+        rows = arrange(q, mask, starts, seen)
+        q, k, v, log_mass = (rows.pack(x) for x in (q, k, v, log_mass))
+    first, lengths = window_ops.bounds(rows, starts is not None, seen, count)
+    before = keys_before = ranks = None
+    offset = 0
+    if seen is not None:
+        held_k, held_v, score, ranks = by_score(state)
+        k = torch.cat([held_k, unroll(past.k, seen), k], 1)
+        v = torch.cat([held_v, unroll(past.v, seen), v], 1)
+        before, keys_before = unroll(state.drawn, seen), _keys(score, starts is not None)
+        offset = heavy + window
+    shift = offset - heavy - window
+    compiling = torch.compiler.is_compiling()
+    with torch.no_grad():
+        keys, places, until, following, drawn = (_choice if compiling else choose)(
+            q.detach(), k.detach(), log_mass.detach().float().contiguous(), before, keys_before, first, lengths, window,
+            keep, heavy, offset, float(scale),
+        )  # fmt: skip
+    run = _attention if compiling else _Attention.apply
+    y, mass = run(q, k, v, places, until, following, lengths, shift, float(scale))
+
+    new_state = None
+    if return_state:
+        last, best = places[:, :, -1].transpose(1, 2).long(), keys[:, :, -1].transpose(1, 2)  # [B, heavy, Hkv]
+        if seen is None:
+            seen = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
+        began, length = last_document(rows, count, seen)
+        there = best >= 0
+        if starts is not None:
+            there = there & (best >> 32 == (first[:, -1].clamp(min=-1) + 1)[:, None, None])
+        score = torch.where(there, (best & 0x7FFFFFFF).int().view(torch.float32), float("-inf"))
+        rank = last - heavy - window - began[:, None, None]
+        if ranks is not None:
+            rank = torch.where(last < heavy, ranks.gather(1, last.clamp(0, heavy - 1)), rank)
+        new_state = next_state(k, v, (last + shift).clamp(0, k.shape[1] - 1), score, rank, drawn, began, length, window)
+    if rows is not None:
+        y, mass = rows.unpack(y), rows.unpack(mass)
+    return y, mass, new_state
+
+
+def _keys(score: Tensor, documents: bool) -> Tensor:
+    """What `triton_choice.py` compares, [B, Hkv, heavy], of scores [B, heavy, Hkv]; -inf: nothing is held."""
+    keys = score.float().contiguous().view(torch.int32)
+    keys = torch.where(score == float("-inf"), -1, keys.clamp(min=0)).transpose(1, 2).contiguous()
+    return keys.long() if documents else keys

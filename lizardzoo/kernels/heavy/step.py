@@ -1,0 +1,104 @@
+"""One token of heavy attention by its kernel, alone or with the window's."""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lizardzoo.kernels.heavy import ops, triton_step
+from lizardzoo.kernels.launching import power_of_2, unit_stride
+from lizardzoo.kernels.merge import joint
+from lizardzoo.kernels.state import writable
+from lizardzoo.kernels.window import ops as window_ops
+
+check = ops.check
+
+
+def _launch(
+    q, k, v, given, ring_k, ring_v, kept_k, kept_v, length, held_k, held_v, score, rank, drawn, sinks, mask, scale
+):  # fmt: skip
+    """y, log_mass of the (contiguous) states, which move on in place but for the length."""
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    sinks, mask, given = (None if x is None else x.contiguous() for x in (sinks, mask, given))
+    (batch, _, heads, dim), kv_heads = q.shape, k.shape[2]
+    y = torch.empty(batch, 1, heads, v.shape[3], dtype=q.dtype, device=q.device)
+    log_mass = torch.empty(batch, 1, heads, dtype=torch.float32, device=q.device)
+    blocks = {"BLOCK_DK": power_of_2(dim), "BLOCK_DV": power_of_2(v.shape[3])}
+    wide = max(blocks.values()) * q.element_size()  # N: what the shared memory holds, two stages
+    with torch.cuda.device_of(q):  # Triton launches on the current one
+        triton_step.step_kernel[(batch * kv_heads,)](
+            q, k, v, given, ring_k, ring_v, kept_k, kept_v, length, held_k, held_v, score, rank, drawn, sinks, mask,
+            y, log_mass, ring_k.shape[1], kept_k.shape[1], held_k.shape[1], 0 if sinks is None else sinks.shape[-1],
+            scale, *(x.stride(axis) for x in (q, k, v) for axis in (0, 2)),
+            0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], HKV=kv_heads, G=heads // kv_heads, DK=dim,
+            DV=v.shape[3], **blocks, M=power_of_2(heads // kv_heads),
+            N=16 if ops.INTERPRETED else min(64, max(16, 8192 // wide)), R=window_ops.KEPT_BLOCK,
+            H=16 if ops.INTERPRETED else 256, num_warps=4, num_stages=2,
+        )  # fmt: skip
+    return y, log_mass
+
+
+@torch.library.custom_op(
+    "lizardzoo::heavy_attention_step", mutates_args=("held_k", "held_v", "score", "rank", "drawn")
+)  # fmt: skip
+def _heavy_step(
+    q: Tensor, k: Tensor, v: Tensor, given: Tensor, ring_k: Tensor, ring_v: Tensor, kept_k: Tensor, kept_v: Tensor,
+    length: Tensor, held_k: Tensor, held_v: Tensor, score: Tensor, rank: Tensor, drawn: Tensor, mask: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y, log_mass behind the window's log_mass; heavy attention's own state moves on in place."""
+    return _launch(
+        q, k, v, given, ring_k, ring_v, kept_k, kept_v, length, held_k, held_v, score, rank, drawn, None, mask, scale
+    )
+
+
+@torch.library.custom_op(
+    "lizardzoo::window_and_heavy_step",
+    mutates_args=("ring_k", "ring_v", "kept_k", "kept_v", "length", "held_k", "held_v", "score", "rank", "drawn"),
+)
+def _joint_step(
+    q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, kept_k: Tensor, kept_v: Tensor, length: Tensor,
+    held_k: Tensor, held_v: Tensor, score: Tensor, rank: Tensor, drawn: Tensor, sinks: Tensor | None,
+    mask: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y, log_mass of the window and of heavy attention together; both states move on in place."""
+    y, log_mass = _launch(
+        q, k, v, None, ring_k, ring_v, kept_k, kept_v, length, held_k, held_v, score, rank, drawn, sinks, mask, scale
+    )
+    length += 1 if mask is None else mask[:, 0]
+    return y, log_mass
+
+
+@_heavy_step.register_fake
+@_joint_step.register_fake
+def _(q, k, v, *_):
+    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+def _learns(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def step(q, k, v, log_mass, keep, scale, mask, past, state, in_place):
+    """One token; see `lizardzoo.kernels.heavy.heavy_attention_step`.
+
+    One kernel launch, without a graph; where a gradient is wanted, the kernels of a whole sequence do it.
+    """
+    if _learns(q, k, v, *past, *state):
+        sizes = past.k.shape[1], keep, state.k.shape[1]
+        return ops.chunked(q, k, v, log_mass, *sizes, scale, mask, None, past, state, True)
+    state = writable(ops.OP, state, in_place)
+    past = tuple(x.contiguous() for x in past)
+    return *_heavy_step(q, k, v, log_mass.float(), *past, *state, mask, float(scale)), state
+
+
+def joint_step(q, k, v, keep, sinks, scale, mask, past, state, in_place):
+    """One token of both branches; see `lizardzoo.kernels.heavy.window_and_heavy_step`."""
+    if _learns(q, k, v, sinks, *past, *state):
+        *near, new_past = window_ops.step(q, k, v, keep, sinks, scale, mask, past, False)
+        *far, new_state = step(q, k, v, near[1], keep, scale, mask, past, state, False)
+        y, log_mass = joint([near, far])
+        return y.to(q.dtype), log_mass, new_past, new_state
+    past, state = writable(ops.OP, past, in_place), writable(ops.OP, state, in_place)
+    return *_joint_step(q, k, v, *past, *state, sinks, mask, float(scale)), past, state

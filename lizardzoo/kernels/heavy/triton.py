@@ -1,0 +1,185 @@
+"""Triton kernels of heavy attention: forward and backward, chunk by chunk. `ops.py` launches them.
+
+The candidates of a chunk of C tokens are the `heavy` that were held when it began and the C that join in it; each is
+seen from its own time until another one (see `selection.py`). Place p is row p + `shift` of K and V.
+
+As in `window/triton.py` a tile holds M of the C * G query rows of a key head.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lizardzoo.kernels.window.triton import LOG2E, _attend, _dot, _length, _load, _score_gradient, _store
+
+SIZES = ["count", "heavy", "shift", "total"]
+
+
+@triton.jit
+def _candidates(PLACES, UNTIL, line, chunk, chunks, j, heavy, C: tl.constexpr):
+    """Of candidates j of a chunk: their places, and since and until which of its tokens they are seen."""
+    until = tl.load(UNTIL + (line * chunks + chunk) * (heavy + C) + j, mask=j < heavy + C, other=0)
+    place = tl.load(PLACES + (line * (chunks + 1) + chunk) * heavy + j, mask=j < heavy, other=0)
+    place = tl.where(j < heavy, place, chunk * C + j)
+    return place, tl.maximum(j - heavy, 0), until
+
+
+@triton.jit
+def _log_mass(LOG_MASS, place, real):
+    """That of a query which sees nothing is turned round, so that its weights are 0 and not infinite."""
+    log_mass = tl.load(LOG_MASS + place, mask=real, other=0.0)
+    return tl.where(log_mass == float("-inf"), float("inf"), log_mass)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def forward_kernel(
+    Q, K, V, PLACES, UNTIL, LENGTHS, Y, LOG_MASS, count, heavy, shift, scale,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh,
+    HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """y and log_mass of a tile of a chunk's queries."""
+    tiles, chunks = tl.cdiv(C * G, M), tl.cdiv(count, C)
+    tile, chunk = tl.program_id(0) % tiles, (tl.program_id(0) // tiles) % chunks
+    line = (tl.program_id(0) // tiles // chunks).to(tl.int64)
+    head, b = line % HKV, line // HKV
+    rows = tile * M + tl.arange(0, M)
+    time, heads = rows // G, head * G + rows % G
+    i = chunk * C + time
+    written = (time < C) & (i < count)
+    real = written & (i < _length(LENGTHS, b, count))
+    q = _load(Q + b * sqb, i.to(tl.int64) * sqt + heads * sqh, real, DK, BLOCK_DK)
+    keys, values = K + b * skb + head * skh, V + b * svb + head * svh
+
+    peak = tl.full([M], float("-inf"), tl.float32)
+    mass = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, BLOCK_DV], tl.float32)
+    stop = heavy + tl.minimum((tile * M + M - 1) // G + 1, C)
+    for j0 in range(0, stop, N):
+        place, since, until = _candidates(PLACES, UNTIL, line, chunk, chunks, j0 + tl.arange(0, N), heavy, C)
+        there, index = until > since, (place + shift).to(tl.int64)
+        k = _load(keys, index * skt, there, DK, BLOCK_DK)
+        v = _load(values, index * svt, there, DV, BLOCK_DV)
+        visible = (time[:, None] >= since[None, :]) & (time[:, None] < until[None, :])
+        peak, mass, acc = _attend(peak, mass, acc, _dot(q, tl.trans(k)) * (scale * LOG2E), visible, v)
+    seen = real & (mass > 0.0)
+    mass = tl.where(seen, mass, 1.0)
+    place = (b * count + i) * (HKV * G) + heads
+    y = tl.where(seen[:, None], acc / mass[:, None], 0.0)
+    _store(Y, place * DV, y.to(Y.dtype.element_ty), written, DV, BLOCK_DV)
+    tl.store(LOG_MASS + place, tl.where(seen, (peak + tl.log2(mass)) / LOG2E, float("-inf")), mask=written)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def query_gradient_kernel(
+    Q, K, V, PLACES, UNTIL, LENGTHS, Y, LOG_MASS, DY, DLOG_MASS, DELTA, DQ, count, heavy, shift, scale,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh,
+    HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """dq of a tile of a chunk's queries, and delta = dy . y - dlog_mass, which the candidates need as well."""
+    tiles, chunks = tl.cdiv(C * G, M), tl.cdiv(count, C)
+    tile, chunk = tl.program_id(0) % tiles, (tl.program_id(0) // tiles) % chunks
+    line = (tl.program_id(0) // tiles // chunks).to(tl.int64)
+    head, b = line % HKV, line // HKV
+    rows = tile * M + tl.arange(0, M)
+    time, heads = rows // G, head * G + rows % G
+    i = chunk * C + time
+    written = (time < C) & (i < count)
+    real = written & (i < _length(LENGTHS, b, count))
+    place_q = (b * count + i) * (HKV * G) + heads
+    q = _load(Q + b * sqb, i.to(tl.int64) * sqt + heads * sqh, real, DK, BLOCK_DK)
+    dy = _load(DY, place_q * DV, real, DV, BLOCK_DV)
+    y = _load(Y, place_q * DV, real, DV, BLOCK_DV)
+    log_mass = _log_mass(LOG_MASS, place_q, real)
+    delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
+    if DLOG_MASS is not None:
+        delta -= tl.load(DLOG_MASS + place_q, mask=real, other=0.0)
+    tl.store(DELTA + place_q, delta, mask=written)
+    keys, values = K + b * skb + head * skh, V + b * svb + head * svh
+
+    dq = tl.zeros([M, BLOCK_DK], tl.float32)
+    stop = heavy + tl.minimum((tile * M + M - 1) // G + 1, C)
+    for j0 in range(0, stop, N):
+        place, since, until = _candidates(PLACES, UNTIL, line, chunk, chunks, j0 + tl.arange(0, N), heavy, C)
+        there, index = until > since, (place + shift).to(tl.int64)
+        k = _load(keys, index * skt, there, DK, BLOCK_DK)
+        v = _load(values, index * svt, there, DV, BLOCK_DV)
+        visible = (time[:, None] >= since[None, :]) & (time[:, None] < until[None, :]) & real[:, None]
+        dq += _dot(_score_gradient(q, k, v, dy, log_mass, delta, visible, scale).to(k.dtype), k)
+    _store(DQ, place_q * DK, (dq * scale).to(DQ.dtype.element_ty), written, DK, BLOCK_DK)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def candidate_gradient_kernel(
+    Q, K, V, PLACES, UNTIL, LENGTHS, LOG_MASS, DY, DELTA, PART_K, PART_V, count, heavy, shift, scale,
+    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh,
+    HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """What one chunk's queries give to dk and dv of a tile of its candidates: PART_K, PART_V [lines, N, heavy + C, D].
+
+    Scores are computed with keys as rows: see `window/triton.py`.
+    """
+    tiles, chunks = tl.cdiv(heavy + C, N), tl.cdiv(count, C)
+    tile, chunk = tl.program_id(0) % tiles, (tl.program_id(0) // tiles) % chunks
+    line = (tl.program_id(0) // tiles // chunks).to(tl.int64)
+    head, b = line % HKV, line // HKV
+    j = tile * N + tl.arange(0, N)
+    place, since, until = _candidates(PLACES, UNTIL, line, chunk, chunks, j, heavy, C)
+    there, index = until > since, (place + shift).to(tl.int64)
+    k = _load(K + b * skb + head * skh, index * skt, there, DK, BLOCK_DK)
+    v = _load(V + b * svb + head * svh, index * svt, there, DV, BLOCK_DV)
+    dk = tl.zeros([N, BLOCK_DK], tl.float32)
+    dv = tl.zeros([N, BLOCK_DV], tl.float32)
+    start = tl.min(tl.where(there, since, C), 0)
+    stop = tl.minimum(tl.max(tl.where(there, until, 0), 0), _length(LENGTHS, b, count) - chunk * C)
+    for row0 in range(start * G, stop * G, M):
+        rows = row0 + tl.arange(0, M)
+        time, heads = rows // G, head * G + rows % G
+        i, real = chunk * C + time, time < stop
+        place_q = (b * count + i) * (HKV * G) + heads
+        q = _load(Q + b * sqb, i.to(tl.int64) * sqt + heads * sqh, real, DK, BLOCK_DK)
+        dy = _load(DY, place_q * DV, real, DV, BLOCK_DV)
+        log_mass = _log_mass(LOG_MASS, place_q, real)
+        delta = tl.load(DELTA + place_q, mask=real, other=0.0)
+        visible = (time[None, :] >= since[:, None]) & (time[None, :] < until[:, None]) & real[None, :]
+        weights = tl.exp2(_dot(k, tl.trans(q)) * (scale * LOG2E) - log_mass[None, :] * LOG2E)
+        weights = tl.where(visible, weights, 0.0)
+        dv += _dot(weights.to(dy.dtype), dy)
+        gradient = tl.where(visible, weights * (_dot(v, tl.trans(dy)) - delta[None, :]), 0.0)
+        dk += _dot(gradient.to(q.dtype), q)
+    at = (line * chunks + chunk) * (heavy + C) + j
+    _store(PART_K, at * DK, dk * scale, j < heavy + C, DK, BLOCK_DK)
+    _store(PART_V, at * DV, dv, j < heavy + C, DV, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def token_gradient_kernel(
+    NEXT, PART_K, PART_V, DK_OUT, DV_OUT, count, heavy, shift, total,
+    HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
+    C: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of a tile of tokens: the sum over the chunks in which each is a candidate, in their order."""
+    tiles, chunks = tl.cdiv(total, N), tl.cdiv(count, C)
+    tile, line = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
+    index = tile * N + tl.arange(0, N)
+    place = index - shift
+    slot = place - heavy
+    chunk = tl.maximum(slot, 0) // C
+    j = tl.where(slot < 0, place, heavy + slot % C)
+    held = (index < total) & (place >= 0) & (slot < count)
+    dk = tl.zeros([N, BLOCK_DK], tl.float32)
+    dv = tl.zeros([N, BLOCK_DV], tl.float32)
+    while tl.max(held.to(tl.int32), 0) > 0:
+        at = (line * chunks + chunk) * (heavy + C) + j
+        dk += _load(PART_K, at * DK, held, DK, BLOCK_DK)
+        dv += _load(PART_V, at * DV, held, DV, BLOCK_DV)
+        j = tl.load(NEXT + at, mask=held, other=-1)
+        chunk += 1
+        held = held & (j >= 0) & (chunk < chunks)
+    row = ((line // HKV) * total + index) * HKV + line % HKV
+    _store(DK_OUT, row * DK, dk.to(DK_OUT.dtype.element_ty), index < total, DK, BLOCK_DK)
+    _store(DV_OUT, row * DV, dv.to(DV_OUT.dtype.element_ty), index < total, DV, BLOCK_DV)

@@ -1,0 +1,181 @@
+"""Triton kernels that choose what heavy attention holds: scores, lists of the best, and each token's time in them.
+
+A line is a key head of a row. Its stream has at slot t the token that leaves the window there; places count the `heavy`
+tokens of the past first, then the stream. Whole numbers are compared, so that any score, even NaN, has its place: a
+key is the bits of a score, which is never negative, and above them the document; NOTHING where no token joins. Of equal
+keys the later one beats the earlier one.
+
+A list holds the best `heavy` of some chunks of C tokens, sorted. Log2(N) merges make, of each chunk's own, that of all
+tokens up to its end.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from lizardzoo.kernels.window.triton import LOG2E, _dot, _first, _length, _load
+
+NOTHING = tl.constexpr(-1)
+
+
+@triton.jit
+def _document(first):
+    """A number that grows with each document: 0 for the one that the state is in."""
+    return tl.maximum(first, -1) + 1
+
+
+@triton.jit(do_not_specialize=["count", "window", "keep", "offset"])
+def drawn_kernel(
+    Q, K, LOG_MASS, BEFORE, FIRST, LENGTHS, KEYS, DRAWN, count, window, keep, offset, scale,
+    sqb, sqt, sqh, skb, skt, skh,
+    HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, BLOCK_DK: tl.constexpr, DOCUMENTS: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr,
+):  # fmt: skip
+    """What a tile of tokens draws of all queries that see them, and with which key each enters the stream.
+
+    The token at slot t of the texts (the ring's: -window .. -1) is row offset + t of K and joins at slot t + window.
+    """
+    total = window + count
+    tiles = tl.cdiv(total, N)
+    tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles) % HKV
+    b = (tl.program_id(0) // tiles // HKV).to(tl.int64)
+    length = _length(LENGTHS, b, count)
+    joins = tile * N + tl.arange(0, N)
+    slot = joins - window
+    there = (joins < total) & (offset + slot >= 0)  # without a state nothing is before slot 0
+    k = _load(K + b * skb + head * skh, (offset + slot).to(tl.int64) * skt, there, DK, BLOCK_DK)
+    drawn = tl.zeros([N], tl.float32)
+    if BEFORE is not None:
+        drawn += tl.load(BEFORE + (b * window + joins) * HKV + head, mask=joins < window, other=0.0)
+    young = tl.maximum(window // 8, 1)
+    start = tl.maximum(tile * N - window + young, 0)
+    stop = tl.minimum(tile * N + N - 1, length)
+    for row0 in range(start * G, stop * G, M):
+        rows = row0 + tl.arange(0, M)
+        i, heads = rows // G, head * G + rows % G
+        real = i < stop
+        q = _load(Q + b * sqb, i.to(tl.int64) * sqt + heads * sqh, real, DK, BLOCK_DK)
+        log_mass = tl.load(LOG_MASS + (b * count + i) * (HKV * G) + heads, mask=real, other=0.0)
+        first = _first(FIRST, b, i, count, DOCUMENTS)
+        age = i[None, :] - slot[:, None]
+        counts = (age >= young) & (age < window) & (slot[:, None] >= first[None, :]) & there[:, None] & real[None, :]
+        weights = tl.exp2((_dot(k, tl.trans(q)) * scale - log_mass[None, :]) * (2 * LOG2E))
+        drawn += tl.sum(tl.where(counts, weights, 0.0), 1)
+
+    first = _first(FIRST, b, joins, count, DOCUMENTS)
+    leaves = (joins < length) & (joins - first >= window + keep)
+    key = tl.maximum(drawn.to(tl.int32, bitcast=True), 0).to(KEYS.dtype.element_ty)
+    if DOCUMENTS:
+        key |= _document(first).to(tl.int64) << 32
+    tl.store(KEYS + (b * HKV + head) * count + joins, tl.where(leaves, key, NOTHING), mask=joins < count)
+    if DRAWN is not None:
+        tl.store(DRAWN + (b * total + joins) * HKV + head, drawn, mask=joins < total)
+
+
+@triton.jit(do_not_specialize=["count", "heavy"])
+def sort_kernel(KEYS, PAST, LIST_KEYS, LIST_PLACES, count, heavy, C: tl.constexpr):
+    """The lists of each chunk by itself, behind that of the past (PAST [lines, heavy], sorted; None: nothing)."""
+    lists = tl.cdiv(count, C) + 1
+    n, line = tl.program_id(0) % lists, (tl.program_id(0) // lists).to(tl.int64)
+    at = (line * lists + n) * heavy
+    j = tl.arange(0, C)
+    if n == 0:
+        for j0 in range(0, heavy, C):
+            inside = j0 + j < heavy
+            key = tl.full([C], NOTHING, LIST_KEYS.dtype.element_ty)
+            if PAST is not None:
+                key = tl.load(PAST + line * heavy + j0 + j, mask=inside, other=NOTHING)
+            tl.store(LIST_KEYS + at + j0 + j, key, mask=inside)
+            tl.store(LIST_PLACES + at + j0 + j, tl.where(key >= 0, j0 + j, NOTHING), mask=inside)
+    else:
+        t = (n - 1) * C + j
+        key = tl.load(KEYS + line * count + t, mask=t < count, other=NOTHING)
+        later = j[None, :] > j[:, None]
+        beaten = (key[None, :] > key[:, None]) | ((key[None, :] == key[:, None]) & later)
+        place = tl.sum(beaten.to(tl.int32), 1)
+        tl.store(LIST_KEYS + at + place, key, mask=place < heavy)
+        tl.store(LIST_PLACES + at + place, tl.where(key >= 0, heavy + t, NOTHING), mask=place < heavy)
+        for j0 in range(C, heavy, C):
+            tl.store(LIST_KEYS + at + j0 + j, NOTHING, mask=j0 + j < heavy)
+            tl.store(LIST_PLACES + at + j0 + j, NOTHING, mask=j0 + j < heavy)
+
+
+@triton.jit
+def _beaten(LIST, key, inside, heavy, OR_EQUAL: tl.constexpr):
+    """How many of a sorted list are above each key, or as high."""
+    low = tl.where(inside, 0, heavy)
+    high = low * 0 + heavy
+    width = heavy
+    while width > 0:
+        middle = (low + high) // 2
+        other = tl.load(LIST + middle, mask=low < high, other=NOTHING)
+        above = other > key
+        if OR_EQUAL:
+            above = other >= key
+        above = above & (low < high)
+        low, high = tl.where(above, middle + 1, low), tl.where(above, high, middle)
+        width //= 2
+    return low
+
+
+@triton.jit(do_not_specialize=["lists", "heavy", "reach"])
+def merge_kernel(IN_KEYS, IN_PLACES, OUT_KEYS, OUT_PLACES, lists, heavy, reach, J: tl.constexpr):
+    """Each list becomes the best of itself and of the one `reach` chunks before it."""
+    tiles = tl.cdiv(heavy, J)
+    tile, n = tl.program_id(0) % tiles, (tl.program_id(0) // tiles) % lists
+    late = ((tl.program_id(0) // tiles // lists).to(tl.int64) * lists + n) * heavy
+    j = tile * J + tl.arange(0, J)
+    inside = j < heavy
+    key = tl.load(IN_KEYS + late + j, mask=inside, other=NOTHING)
+    place = tl.load(IN_PLACES + late + j, mask=inside, other=NOTHING)
+    if n < reach:
+        tl.store(OUT_KEYS + late + j, key, mask=inside)
+        tl.store(OUT_PLACES + late + j, place, mask=inside)
+    else:
+        early = late - reach * heavy.to(tl.int64)
+        to = j + _beaten(IN_KEYS + early, key, inside, heavy, False)
+        tl.store(OUT_KEYS + late + to, key, mask=to < heavy)
+        tl.store(OUT_PLACES + late + to, place, mask=to < heavy)
+        key = tl.load(IN_KEYS + early + j, mask=inside, other=NOTHING)
+        place = tl.load(IN_PLACES + early + j, mask=inside, other=NOTHING)
+        to = j + _beaten(IN_KEYS + late, key, inside, heavy, True)
+        tl.store(OUT_KEYS + late + to, key, mask=to < heavy)
+        tl.store(OUT_PLACES + late + to, place, mask=to < heavy)
+
+
+@triton.jit(do_not_specialize=["count", "heavy"])
+def until_kernel(
+    KEYS, LIST_KEYS, FIRST, UNTIL, NEXT, count, heavy,
+    HKV: tl.constexpr, DOCUMENTS: tl.constexpr, C: tl.constexpr, J: tl.constexpr,
+):  # fmt: skip
+    """Of a tile of a chunk's candidates (those held at its start, then its own): `Selection.until`, and their next
+    places: which candidate of the next chunk each is, NOTHING if it is not held so long."""
+    chunks = tl.cdiv(count, C)
+    tiles = tl.cdiv(heavy + C, J)
+    tile, n = tl.program_id(0) % tiles, (tl.program_id(0) // tiles) % chunks
+    line = (tl.program_id(0) // tiles // chunks).to(tl.int64)
+    held = LIST_KEYS + (line * (chunks + 1) + n) * heavy
+    stream = KEYS + line * count
+    j = tile * J + tl.arange(0, J)
+    own = j - heavy
+    slot = n * C + own
+    is_own = (own >= 0) & (own < C) & (slot < count)
+    old = tl.load(held + j, mask=own < 0, other=NOTHING)
+    key = tl.where(own < 0, old, tl.load(stream + slot, mask=is_own, other=NOTHING))
+    beaten = tl.where(own < 0, j, _beaten(held, key, is_own, heavy, False))
+
+    t = tl.arange(0, C)
+    new = tl.load(stream + n * C + t, mask=n * C + t < count, other=NOTHING)
+    beats = (new[None, :] > key[:, None]) | ((new[None, :] == key[:, None]) & (t[None, :] > own[:, None]))
+    count_of = tl.cumsum(beats.to(tl.int32), 1) + beaten[:, None]
+    until = tl.sum((count_of < heavy).to(tl.int32), 1)
+    after = beaten + tl.sum(beats.to(tl.int32), 1)
+    if DOCUMENTS:  # what is held of an earlier document is seen up to the beginning of the next
+        first = _first(FIRST, line // HKV, n * C + t, count, DOCUMENTS)
+        same = (_document(first).to(tl.int64)[None, :] <= (key >> 32)[:, None]) & (n * C + t < count)[None, :]
+        until = tl.minimum(until, tl.sum(same.to(tl.int32), 1))
+    place = (line * chunks + n) * (heavy + C) + j
+    tl.store(UNTIL + place, tl.where(key >= 0, until, 0), mask=j < heavy + C)
+    tl.store(NEXT + place, tl.where((key >= 0) & (after < heavy), after, NOTHING), mask=j < heavy + C)
