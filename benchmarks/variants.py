@@ -95,6 +95,15 @@ VARIANTS: list[Variant] = [
         at_state_of(lz.Heavy(window=64), RECOMMENDED, "heavy"),
         "the same with a window of 64 and more of those tokens",
     ),
+    Variant("heavy-lasting", at_state_of(lz.Heavy(half_life=None), RECOMMENDED, "heavy"), "heavy, half_life=None"),
+    *(
+        Variant(
+            f"heavy-half-life-{count}",
+            at_state_of(lz.Heavy(half_life=count), RECOMMENDED, "heavy"),
+            f"heavy, half_life={count}",
+        )
+        for count in (128, 512, 1024)
+    ),
     Variant("heavy-by-layer", HEAVY, "heavy tokens shared out among the layers, same state", share="heavy"),
     *(
         Variant(f"heavy-softmax-{count}", HEAVY, f"heavy, softmax kept in {count} layers", softmax=count)
