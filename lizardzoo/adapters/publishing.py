@@ -7,10 +7,11 @@ import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
@@ -19,6 +20,7 @@ from lizardzoo.config import LINEARIZED
 from lizardzoo.errors import LizardzooError
 from lizardzoo.hub import Pushed, push_folder, write_card
 from lizardzoo.hub.difference import DIFFERENCE, Base, changed, difference_of, join, on_hub, weights_hash
+from lizardzoo.hub.low_rank import LOW_RANK, LowRank, low_rank_shapes, pack, read, write_updates
 from lizardzoo.hub.stub import auto_map, write_stub
 from lizardzoo.hub.weights import check_object, find_file, pinned, tensor_shapes, weight_files, where
 
@@ -32,9 +34,14 @@ class Published:
     config: Any
     published_classes: ClassVar[tuple[type, ...]] = ()
     """Config, base model and causal LM of the family; `register_adapter` sets it."""
+    low_rank_updates: Mapping[str, LowRank] = MappingProxyType({})
+    """What `lizardzoo.distill` merged into the base's weights, by name: a difference holds it instead of the weight."""
 
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
-        """As transformers', and beside it the stub by which the folder loads with trust_remote_code=True."""
+        """As transformers', and beside it the stub by which the folder loads with trust_remote_code=True.
+
+        Of a model that was finetuned here also low_rank.safetensors, by which a difference made later is small.
+        """
         push = kwargs.pop("push_to_hub", False)
         arguments: dict[str, Any] = {}
         if push:
@@ -48,6 +55,7 @@ class Published:
         saved = is_main_process and (Path(save_directory) / "config.json").is_file()  # an adapter alone has none
         if saved and self.published_classes:
             write_stub(save_directory, self.published_classes)
+            write_updates(save_directory, self.low_rank_updates)
         if push and is_main_process:
             push_folder(save_directory, token=kwargs.get("token"), **arguments)
 
@@ -59,6 +67,9 @@ class Published:
         token: str | bool | None = None,
     ) -> None:
         """Save only what the base does not have, in difference.safetensors; loads by the same calls, base and all.
+
+        Projections that `lizardzoo.distill` merged LoRA into are saved as its factors, once it is seen that these give
+        back the very weights; every other weight that is not the base's is saved whole.
 
         Args:
             save_directory: gets config.json, generation_config.json, the stub and difference.safetensors.
@@ -80,13 +91,15 @@ class Published:
         config = copy.deepcopy(self.config)
         setattr(config, DIFFERENCE, found.to_dict())
         difference_of(config)  # a revision that could not be loaded again is refused
-        tensors = changed(self.state_dict(), teacher.state_dict())  # type: ignore[attr-defined]
+        weights: Mapping[str, Any] = self.state_dict()  # type: ignore[attr-defined]
+        whole, updates = changed(weights, teacher.state_dict(), self.low_rank_updates)
+        factors, metadata = pack(updates)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         config.dtype = str(self.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
         config.architectures = [type(self).__name__]
         config.auto_map = auto_map(*self.published_classes)
-        save_file(tensors, folder / f"{DIFFERENCE}.safetensors", metadata={"format": "pt"})
+        save_file(whole | factors, folder / f"{DIFFERENCE}.safetensors", metadata=metadata)
         config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)  # type: ignore[attr-defined]
         write_stub(folder, self.published_classes)
@@ -184,7 +197,11 @@ class Published:
         renamed = kwargs.get("key_mapping") or kwargs.get("ignore_mismatched_sizes")
         if not renamed and getattr(config, "quantization_config", None) is None:
             cls.check_fit(config, tensor_shapes(files), name)
-        return parent.from_pretrained(name, *args, **kwargs, **({} if "use_safetensors" in kwargs else SAFE))
+        loaded = parent.from_pretrained(name, *args, **kwargs, **({} if "use_safetensors" in kwargs else SAFE))
+        beside = Path(name) / (look.get("subfolder") or "") / LOW_RANK
+        if beside.is_file() and hasattr(cls, "base_model_class"):
+            _model_of(loaded).low_rank_updates = read(beside)[1]
+        return loaded
 
     @classmethod
     def check_fit(cls, config: Any, found: Mapping[str, Any], source: Any) -> None:
@@ -221,7 +238,7 @@ class Published:
         (file,) = weight_files(source, stem=DIFFERENCE, **look)
         config = copy.deepcopy(config)
         delattr(config, DIFFERENCE)
-        shapes = tensor_shapes([file])
+        shapes = low_rank_shapes(tensor_shapes([file]), f"{file.name} of {source}")
         elsewhere = {name: value for name, value in look.items() if name not in ("revision", "subfolder")}
         teacher = _load_base(base, cls._base_type(), elsewhere)
         if _hash(teacher) != base.sha256:
@@ -232,7 +249,8 @@ class Published:
         tensors = teacher.state_dict()
         cls.check_fit(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()} | shapes, source)
         dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
-        joined = join(tensors, load_file(file), dtype)
+        whole, updates = read(file)
+        joined = join(tensors, whole, updates, dtype)
         wanted = kwargs.get("dtype", kwargs.get("torch_dtype"))
         rest = {
             name: value
@@ -243,7 +261,9 @@ class Published:
         loaded = parent.from_pretrained(
             None, *args, config=config, state_dict=joined, dtype=dtype if wanted in (None, "auto") else wanted, **rest
         )
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        model = _model_of(loaded)
+        if hasattr(cls, "base_model_class"):
+            model.low_rank_updates = updates
         model.config._name_or_path = model.name_or_path = str(source)
         if (generation := find_file(source, "generation_config.json", **look)) is not None:
             model.generation_config = GenerationConfig.from_pretrained(generation.parent)
@@ -255,6 +275,11 @@ class Published:
 
 
 SAFE = {"use_safetensors": True}
+
+
+def _model_of(loaded: Any) -> Any:
+    """What from_pretrained gave, without output_loading_info."""
+    return loaded[0] if isinstance(loaded, tuple) else loaded
 
 
 def refuse_misfit(source: Any, *, missing: Any, unexpected: Any, reshaped: Any = ()) -> None:

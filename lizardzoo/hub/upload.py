@@ -20,9 +20,10 @@ from lizardzoo.config import LINEARIZED
 from lizardzoo.errors import LizardzooError
 from lizardzoo.hub.card import README, read_card, render_card
 from lizardzoo.hub.difference import DIFFERENCE, difference_of, on_hub
+from lizardzoo.hub.low_rank import LOW_RANK
 from lizardzoo.hub.weights import HTTP_ERROR, PICKLES, blob_hash, file_hash, tensor_shapes, weight_files
 
-NOT_SENT = ("*.part", "*.partial", "checkpoints/*", "runs/*")
+NOT_SENT = ("*.part", "*.partial", "checkpoints/*", "runs/*", LOW_RANK)
 REPLACED = ("*.safetensors", "*.safetensors.index.json")
 """Files of an earlier model that must not stay beside a new one: fewer shards, or a difference after a whole."""
 FAILURES: Any = (HTTP_ERROR, OSError, RuntimeError, ValueError)
