@@ -78,7 +78,7 @@ class Published:
             token: for a base that is not public.
 
         Raises:
-            LizardzooError: no base is known, or it is of another family. Nothing is written then.
+            LizardzooError: no base is known, or it is of another family, or no weight is its. Nothing is written then.
         """
         name = base or getattr(self.config, "base_model_name_or_path", None)
         if not on_hub(name):
@@ -93,6 +93,11 @@ class Published:
         difference_of(config)  # a revision that could not be loaded again is refused
         weights: Mapping[str, Any] = self.state_dict()  # type: ignore[attr-defined]
         whole, updates = changed(weights, teacher.state_dict(), self.low_rank_updates)
+        if not weights.keys() - whole.keys() - updates.keys():
+            raise LizardzooError(
+                f"not one weight of this model is that of {name} at {commit[:12]}, so a difference would hold all of "
+                f"it; name the base and the revision that it was made from, or publish the whole model"
+            )
         factors, metadata = pack(updates)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +116,7 @@ class Published:
         tokenizer: Any = None,
         difference: bool = False,
         base: str | None = None,
+        base_revision: str | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
@@ -132,6 +138,7 @@ class Published:
             tokenizer: travels along.
             difference: publish only what differs from the base (see `save_difference`).
             base: the Hub id of the base model; `config.base_model_name_or_path` by default.
+            base_revision: for a difference, where the base has changed since: its commit or branch; main by default.
             private, token, revision, commit_message, commit_description, create_pr: as transformers'; private=True for
                 a repository that is public already is refused.
             max_shard_size: the largest weight file.
@@ -144,7 +151,7 @@ class Published:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             if difference:
-                self.save_difference(folder, base, token=token)
+                self.save_difference(folder, base, base_revision, token)
             else:
                 self.save_pretrained(folder, max_shard_size=max_shard_size)
             if tokenizer is not None:

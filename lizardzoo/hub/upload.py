@@ -67,7 +67,7 @@ def push_folder(
             left as it is, and the repository as it was.
     """
     folder = Path(folder)
-    files = _files(folder)
+    files = published_files(folder)
     _check(folder, files, token)
     api = HfApi(library_name="lizardzoo")
     try:
@@ -112,7 +112,7 @@ def push_folder(
             except FAILURES:
                 raise LizardzooError(
                     f"it cannot be seen whether {repo_id} was changed: {_line(error, token)}, and the Hub answers no "
-                    f"more; {folder} is whole, push again and only what is missing is sent"
+                    f"more; push again, and only what is missing is sent"
                 ) from error
             if now is None:
                 raise
@@ -123,7 +123,7 @@ def push_folder(
         raise
     except FAILURES as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        way_out = f"{folder} is whole, push again and only what is missing is sent"
+        way_out = "push again, and only what is missing is sent"
         if status in (401, 403):
             way_out = "log in with `hf auth login`, or pass a token that may write there"
         raise LizardzooError(f"{repo_id} was not changed: {_line(error, token)}; {way_out}") from error
@@ -175,7 +175,7 @@ def _without_local_base(path: Path) -> bytes:
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _files(folder: Path) -> list[Path]:
+def published_files(folder: Path) -> list[Path]:
     """What is published: all files but hidden and unfinished ones."""
     if not folder.is_dir():
         raise LizardzooError(f"there is no folder {folder}; save the model first")

@@ -97,10 +97,17 @@ def test_the_base_is_the_very_one(hub: LoopbackHub, base: str) -> None:
     other = lz.linearize(teacher("llama"), "softmax")
     with torch.no_grad():
         other.model.norm.weight.mul_(1.001)
+        for parameter in other.parameters():
+            parameter.add_(0.01)
     changed = saved(teacher("llama")) | {"model.safetensors": saved(other)["model.safetensors"]}
     hub.put(base, changed)  # its author goes on
     assert json.loads(files["config.json"])["difference"]["revision"] == first
     assert torch.equal(logits(lz.from_pretrained("alice/m")), logits(model))  # to the commit it was made to
+    with pytest.raises(LizardzooError, match="not one weight of this model is that of org/base at"):
+        model.push_to_hub("alice/n", difference=True)
+    assert "alice/n" not in hub.repos
+    model.push_to_hub("alice/n", difference=True, base_revision=first)
+    assert torch.equal(logits(lz.from_pretrained("alice/n")), logits(model))
     config = json.loads(files["config.json"])
     config["difference"]["revision"] = None
     hub.put("alice/m", {"config.json": json.dumps(config).encode()})
@@ -163,14 +170,21 @@ def test_the_command_line_pushes_a_difference_with_its_card_and_a_whole_model_af
     model = trained(base)
     model.save_pretrained(tmp_path / "student")
     tiny_tokenizer.save_pretrained(tmp_path / "student")
+    command("card", tmp_path / "student", "--license", "mit", "--dataset", "a book", "--dataset", "o/d")
     local = {path.name: path.read_bytes() for path in (tmp_path / "student").iterdir()}
     command("push", tmp_path / "student", "alice/m", "--difference")
     assert {path.name: path.read_bytes() for path in (tmp_path / "student").iterdir()} == local
     text = hub.files("alice/m")["README.md"].decode()
     assert "only what differs from [org/base](https://huggingface.co/org/base)" in text
     assert "base_model_relation: adapter" in text
+    assert "license: mit" in text
+    assert "Data: a book, o/d." in text
     assert torch.equal(logits(lz.from_pretrained("alice/m")), logits(model))
     assert AutoTokenizer.from_pretrained("alice/m").get_vocab() == tiny_tokenizer.get_vocab()
-    command("push", tmp_path / "student", "alice/m")
+    (tmp_path / "student" / "README.md").write_text("# By hand\n")
+    command("push", tmp_path / "student", "alice/n", "--difference")
+    assert hub.files("alice/n")["README.md"] == b"# By hand\n"
+    assert torch.equal(logits(lz.from_pretrained("alice/n")), logits(model))
+    command("push", tmp_path / "student", "alice/m", "--force")
     assert {name for name in hub.files("alice/m") if name.endswith(".safetensors")} == {"model.safetensors"}
     assert torch.equal(logits(lz.from_pretrained("alice/m")), logits(model))

@@ -155,10 +155,12 @@ def test_without_the_package_or_trust_the_error_says_what_to_do(strangers: Stran
     assert "trust_remote_code=True" in (strangers.place / "not trusted" / "said").read_text()
 
 
-def test_the_card_of_the_measured_model_is_the_reports(strangers: Strangers, measured: Path) -> None:
-    card = strangers.files["measured"]["README.md"].decode()
+@pytest.mark.parametrize("name", ["measured", "difference"])
+def test_the_card_of_the_measured_model_is_the_reports(strangers: Strangers, measured: Path, name: str) -> None:
+    card = strangers.files[name]["README.md"].decode()
     assert check_card(card) == []
     results = read_card(card).data["model-index"][0]["results"]
     values = [metric["value"] for result in results for metric in result["metrics"]]
     assert sorted(values) == sorted(figures(json.loads((measured / "report" / "report.json").read_text()), "final"))
     assert "Recipe `mine` of" in card
+    assert read_card(card).data["license"] == "mit"
