@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.initialization import no_init_weights
 
 from lizardzoo.adapters.limits import UNFIT, first_lines
 from lizardzoo.config import LINEARIZED
 from lizardzoo.errors import LizardzooError
 from lizardzoo.hub import Pushed, push_folder, write_card
-from lizardzoo.hub.difference import DIFFERENCE, Base, changed, difference_of, join, on_hub, weights_hash
+from lizardzoo.hub.difference import DIFFERENCE, Base, base_hash, changed, difference_of, join, load_base, on_hub
 from lizardzoo.hub.low_rank import LOW_RANK, LowRank, low_rank_shapes, pack, read, write_updates
 from lizardzoo.hub.stub import auto_map, write_stub
 from lizardzoo.hub.weights import check_object, find_file, pinned, tensor_shapes, weight_files, where
@@ -86,8 +86,8 @@ class Published:
                 f"a difference names its base by its id on the Hub, and this model was made from {name!r}; pass base="
             )
         commit = pinned(str(name), revision=revision, token=token)["revision"]
-        teacher = _load_base(Base(str(name), commit, ""), self._base_type(), {"token": token})
-        found = Base(str(name), commit, _hash(teacher))
+        teacher = load_base(Base(str(name), commit, ""), self._base_type(), {"token": token})
+        found = Base(str(name), commit, base_hash(teacher))
         config = copy.deepcopy(self.config)
         setattr(config, DIFFERENCE, found.to_dict())
         difference_of(config)  # a revision that could not be loaded again is refused
@@ -247,8 +247,8 @@ class Published:
         delattr(config, DIFFERENCE)
         shapes = low_rank_shapes(tensor_shapes([file]), f"{file.name} of {source}")
         elsewhere = {name: value for name, value in look.items() if name not in ("revision", "subfolder")}
-        teacher = _load_base(base, cls._base_type(), elsewhere)
-        if _hash(teacher) != base.sha256:
+        teacher = load_base(base, cls._base_type(), elsewhere)
+        if base_hash(teacher) != base.sha256:
             raise LizardzooError(
                 f"{base.name} (revision {base.revision or 'main'}) is not the base that {source} was made to: its "
                 f"weights have another sha256 than {base.sha256[:12]}...; ask the author which revision it was"
@@ -301,24 +301,3 @@ def refuse_misfit(source: Any, *, missing: Any, unexpected: Any, reshaped: Any =
             f"the checkpoint {source} does not fit its config: parameters {', '.join(problems)}; "
             f"save the whole model with save_pretrained, or correct `layers` in config.json"
         )
-
-
-def _load_base(base: Base, model_type: str, look: Mapping[str, Any]) -> Any:
-    """The base, in its own dtype, if it is of that family."""
-    config = AutoConfig.from_pretrained(base.name, revision=base.revision, trust_remote_code=False, **look)
-    if config.model_type != model_type:
-        raise LizardzooError(
-            f"the base {base.name} is a {config.model_type!r} model, and this one was made from a {model_type!r} one; "
-            f"name the right base"
-        )
-    return AutoModelForCausalLM.from_pretrained(
-        base.name, revision=base.revision, dtype="auto", trust_remote_code=False, use_safetensors=True, **look
-    )
-
-
-def _hash(teacher: Any) -> str:
-    """Of a base's weights; a tied head is the embedding and is not counted again."""
-    tensors = dict(teacher.state_dict())
-    if teacher.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    return weights_hash(tensors)

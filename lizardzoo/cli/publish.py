@@ -12,8 +12,9 @@ from rich.markup import escape
 
 from lizardzoo.cli.base import app, err, out
 from lizardzoo.cli.models import Dtype, load_model
-from lizardzoo.hub import check_card, push_folder, read_card, write_card
-from lizardzoo.hub.card import README, RECIPE
+from lizardzoo.hub import check_card, push_folder, write_card
+from lizardzoo.hub.card import is_by_hand
+from lizardzoo.hub.render import RECIPE
 from lizardzoo.hub.training import read_recipe
 from lizardzoo.hub.upload import published_files
 
@@ -121,7 +122,7 @@ def _as_difference(folder: Path, made: Path, base: str | None, revision: str | N
             (place / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, place / path.relative_to(folder))
     model.save_difference(place, base, revision)
-    readme, recipe = place / README, folder / RECIPE
-    if not (readme.is_file() and read_card(readme.read_text(encoding="utf-8", errors="replace")).by_hand):
+    recipe = folder / RECIPE
+    if not is_by_hand(place):
         write_card(place, recipe=read_recipe(recipe if recipe.is_file() else None, folder))
     return place

@@ -16,7 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lizardzoo.adapters.base import is_new_parameter, softmax_mode
+from lizardzoo.adapters.attention import softmax_mode
+from lizardzoo.adapters.base import is_new_parameter
 from lizardzoo.distill.lora import check_targets, merge_lora, with_lora
 from lizardzoo.distill.processes import any_process, sharded
 from lizardzoo.distill.recipe import Finetune

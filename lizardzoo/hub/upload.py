@@ -18,9 +18,10 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from lizardzoo.config import LINEARIZED
 from lizardzoo.errors import LizardzooError
-from lizardzoo.hub.card import README, read_card, render_card
+from lizardzoo.hub.card import README, is_by_hand, read_card
 from lizardzoo.hub.difference import DIFFERENCE, difference_of, on_hub
 from lizardzoo.hub.low_rank import LOW_RANK
+from lizardzoo.hub.render import render_card
 from lizardzoo.hub.weights import HTTP_ERROR, PICKLES, blob_hash, file_hash, tensor_shapes, weight_files
 
 NOT_SENT = ("*.part", "*.partial", "checkpoints/*", "runs/*", LOW_RANK)
@@ -158,10 +159,7 @@ def _arrived(
 
 def _card(folder: Path, repo_id: str) -> str | None:
     """The folder's card under the name it now has; None where a person wrote it. The folder is left as it is."""
-    path = folder / README
-    if path.is_file() and read_card(path.read_text(encoding="utf-8", errors="replace")).by_hand:
-        return None
-    return render_card(folder, repo_id=repo_id).text
+    return None if is_by_hand(folder) else render_card(folder, repo_id=repo_id).text
 
 
 def _without_local_base(path: Path) -> bytes:
