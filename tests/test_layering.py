@@ -49,7 +49,7 @@ ROOMS: dict[str, set[str]] = {
 SHARED: dict[str, set[str]] = {
     "kernels": {"dispatch", "features", "launching", "merge", "rows", "state"},
     "mixers": {"base", "branches", "feature_maps", "gates", "merge"},
-    "adapters": {"attention", "base", "config", "limits", "masks", "publishing"},
+    "adapters": {"attention", "base", "bases", "config", "fit", "limits", "masks", "publishing"},
 }
 COLLECTORS: dict[str, set[str]] = {
     "kernels": {"__init__", "hybrid"},  # the fused op is the composition of the two others

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,13 +12,13 @@ from typing import Any, ClassVar
 import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedConfig
-from transformers.initialization import no_init_weights
 
-from lizardzoo.adapters.limits import UNFIT, first_lines
+from lizardzoo.adapters.bases import base_hash, load_base
+from lizardzoo.adapters.fit import check_fit
 from lizardzoo.config import LINEARIZED
 from lizardzoo.errors import LizardzooError
 from lizardzoo.hub import Pushed, push_folder, write_card
-from lizardzoo.hub.difference import DIFFERENCE, Base, base_hash, changed, difference_of, join, load_base, on_hub
+from lizardzoo.hub.difference import DIFFERENCE, Base, changed, difference_of, join, on_hub
 from lizardzoo.hub.low_rank import LOW_RANK, LowRank, low_rank_shapes, pack, read, write_updates
 from lizardzoo.hub.stub import auto_map, write_stub
 from lizardzoo.hub.weights import check_object, find_file, pinned, tensor_shapes, weight_files, where
@@ -213,36 +212,15 @@ class Published:
     @classmethod
     def check_fit(cls, config: Any, found: Mapping[str, Any], source: Any) -> None:
         """Refuse a causal LM whose file does not hold exactly its parameters, in their shapes."""
-        if not hasattr(cls, "base_model_class"):
-            return  # a base model may be read from a causal LM's file
-        indices = [int(match[1]) for name in found if (match := re.search(r"\.layers\.(\d+)\.", name))]
-        if indices and max(indices) + 1 != config.num_hidden_layers:  # before that many are built
-            raise LizardzooError(
-                f"the checkpoint {source} has {max(indices) + 1} layers, and its config.json says "
-                f"{config.num_hidden_layers}; save the whole model with save_pretrained, or correct the config"
-            )
-        config = copy.deepcopy(config)
-        try:
-            with torch.device("meta"), no_init_weights():
-                build: Any = cls
-                model = build(config)
-        except (*UNFIT, ImportError) as error:
-            if isinstance(error, LizardzooError):
-                raise
-            raise LizardzooError(f"the config of {source} describes no model: {first_lines(error)}") from error
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        refuse_misfit(
-            source,
-            missing=expected.keys() - found.keys() - tied,
-            unexpected=found.keys() - expected.keys(),
-            reshaped=[name for name in expected.keys() & found.keys() if expected[name] != tuple(found[name])],
-        )
+        if hasattr(cls, "base_model_class"):  # a base model may be read from a causal LM's file
+            check_fit(cls, config, found, source)
 
     @classmethod
     def _from_difference(cls, source: Any, base: Base, config: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         look = where(kwargs)
-        (file,) = weight_files(source, stem=DIFFERENCE, **look)
+        file, *more = weight_files(source, stem=DIFFERENCE, **look)
+        if more:
+            raise LizardzooError(f"{source} has its difference in {1 + len(more)} files, and one was expected")
         config = copy.deepcopy(config)
         delattr(config, DIFFERENCE)
         shapes = low_rank_shapes(tensor_shapes([file]), f"{file.name} of {source}")
@@ -287,17 +265,3 @@ SAFE = {"use_safetensors": True}
 def _model_of(loaded: Any) -> Any:
     """What from_pretrained gave, without output_loading_info."""
     return loaded[0] if isinstance(loaded, tuple) else loaded
-
-
-def refuse_misfit(source: Any, *, missing: Any, unexpected: Any, reshaped: Any = ()) -> None:
-    """Raise the one error of a checkpoint whose parameters are not exactly the model's."""
-    problems = [
-        f"{len(names)} {what} (first: {sorted(map(str, names))[0]})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-        if names
-    ]
-    if problems:
-        raise LizardzooError(
-            f"the checkpoint {source} does not fit its config: parameters {', '.join(problems)}; "
-            f"save the whole model with save_pretrained, or correct `layers` in config.json"
-        )

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lizardzoo.errors import LizardzooError
 from lizardzoo.hub.low_rank import LowRank
@@ -74,27 +73,6 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def load_base(base: Base, model_type: str, look: Mapping[str, Any]) -> Any:
-    """The base, in its own dtype, if it is of that family."""
-    config = AutoConfig.from_pretrained(base.name, revision=base.revision, trust_remote_code=False, **look)
-    if config.model_type != model_type:
-        raise LizardzooError(
-            f"the base {base.name} is a {config.model_type!r} model, and this one was made from a {model_type!r} one; "
-            f"name the right base"
-        )
-    return AutoModelForCausalLM.from_pretrained(
-        base.name, revision=base.revision, dtype="auto", trust_remote_code=False, use_safetensors=True, **look
-    )
-
-
-def base_hash(teacher: Any) -> str:
-    """Of a base's weights; a tied head is the embedding and is not counted again."""
-    tensors = dict(teacher.state_dict())
-    if teacher.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    return weights_hash(tensors)
 
 
 @torch.no_grad()

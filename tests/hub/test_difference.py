@@ -19,6 +19,7 @@ from tests.adapters.families import FAMILIES, teacher
 from tests.hub.conftest import command
 from tests.hub.server import LoopbackHub
 from tests.hub.test_round_trip import IDS, MIXED, downloads, logits
+from tests.hub.test_strangers import Largest
 
 TIED = "qwen2, sliding above, tied"
 BASES = [*FAMILIES, TIED]
@@ -144,6 +145,42 @@ def test_a_difference_that_lacks_or_adds_a_tensor_is_refused(hub: LoopbackHub, b
     path.unlink()
     with pytest.raises(LizardzooError, match=r"holds no weights \(difference\.safetensors"):
         lz.from_pretrained(tmp_path)
+
+
+def test_a_strangers_base_is_checked_before_it_costs_memory_or_code(hub: LoopbackHub, base: str) -> None:
+    trained(base).push_to_hub("alice/m", difference=True)
+    config = json.loads(hub.files("alice/m")["config.json"])
+    config["difference"]["revision"] = None
+    hub.put("alice/m", {"config.json": json.dumps(config).encode()})
+    files = hub.files(base)
+    fields = json.loads(files["config.json"])
+    sizes: list[tuple[dict[str, Any], str]] = [
+        ({"attn_implementation": "eve/kernel"}, "attn_implementation='eve/kernel' is not the name"),
+        ({"quantization_config": {"load_in_4bit": True}}, "the weights of the base org/base are quantized"),
+        ({"transformers_weights": "../x.safetensors"}, "transformers_weights='../x.safetensors' is not supported"),
+        ({"vocab_size": 2**22}, "the checkpoint org/base does not fit its config"),
+        ({"vocab_size": 2**40}, "vocab_size=1099511627776 must be"),
+        ({"num_hidden_layers": 300}, "has 3 layers, and its config.json says 300"),
+        ({"hidden_size": -1}, "describes no model"),
+        ({"hidden_act": "nope"}, "hidden_act='nope' is no activation"),
+    ]
+    changes = [({"config.json": json.dumps(fields | change).encode()}, message) for change, message in sizes]
+    changes += [
+        ({"adapter_config.json": b"{}"}, "the base org/base holds adapter_config.json"),
+        ({"config.json": b"[]"}, "config.json of org/base holds no object"),
+        ({"model.safetensors": files["model.safetensors"][:-9]}, "model.safetensors is damaged or cut short"),
+    ]
+    hub.requests.clear()
+    for change, message in changes:
+        hub.put("org/base", change)
+        with Largest() as largest, pytest.raises(LizardzooError, match=message) as error:
+            lz.from_pretrained("alice/m")
+        assert largest.elements < 100
+        assert "\n" not in str(error.value)
+        hub.repos.pop("org/base")
+        hub.put("org/base", files)
+    assert hub.count("GET", "eve") == 0
+    assert lz.from_pretrained("alice/m").config.num_hidden_layers == 3
 
 
 def test_a_base_that_others_cannot_fetch_is_refused_and_nothing_written(

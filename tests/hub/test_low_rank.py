@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 
 import lizardzoo as lz
 from lizardzoo import LizardzooError
+from lizardzoo.distill import Finetune
+from lizardzoo.distill.lora import merge_lora, with_lora
 from lizardzoo.hub import low_rank
 from lizardzoo.hub.low_rank import LOW_RANK, LowRank, pack, read
 from tests.hub.conftest import command
@@ -99,6 +101,20 @@ def test_what_has_moved_since_goes_whole(final: Path, tmp_path: Path) -> None:
     whole, updates = saved(lz.from_pretrained(final), tmp_path / "e")
     assert updates == {}
     assert MATRIX in whole
+
+
+def test_a_bf16_student_of_an_fp32_base_is_as_small(final: Path, tmp_path: Path) -> None:
+    model = lz.linearize("org/base", ["recommended", "softmax", "window"], dtype=torch.bfloat16)
+    lora = with_lora(model, Finetune(steps=1, lora_rank=3, lora_alpha=7.0))  # no power of two
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.low_rank_updates = merge_lora(model)
+    lora.unload()
+    whole, updates = saved(model, tmp_path / "d")
+    assert updates.keys() == model.low_rank_updates.keys()
+    assert len(updates) == 12
+    assert all(".mixer." in name for name in whole)
 
 
 def test_a_model_cast_after_its_training_stays_low_rank(final: Path, tmp_path: Path) -> None:
