@@ -92,7 +92,7 @@ class Published:
         difference_of(config)  # a revision that could not be loaded again is refused
         weights: Mapping[str, Any] = self.state_dict()  # type: ignore[attr-defined]
         whole, updates = changed(weights, teacher.state_dict(), self.low_rank_updates)
-        if not weights.keys() - whole.keys() - updates.keys():
+        if not weights.keys() - whole.keys():
             raise LizardzooError(
                 f"not one weight of this model is that of {name} at {commit[:12]}, so a difference would hold all of "
                 f"it; name the base and the revision that it was made from, or publish the whole model"
