@@ -25,8 +25,8 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from lizardzoo.adapters import ADAPTERS, is_new_parameter, softmax_mode
+from lizardzoo.adapters.fit import refuse_misfit
 from lizardzoo.adapters.limits import clear_errors
-from lizardzoo.adapters.publishing import refuse_misfit
 from lizardzoo.config import LINEARIZED, SpecLike, resolve_layers
 from lizardzoo.errors import LizardzooError
 from lizardzoo.hub.weights import check_object, pinned, where

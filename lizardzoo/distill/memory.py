@@ -21,7 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lizardzoo.adapters.base import is_new_parameter
 from lizardzoo.adapters.masks import TOKEN_MASK
-from lizardzoo.distill.finetune import SLICE_NUMBERS, LogitLosses, with_lora
+from lizardzoo.distill.finetune import SLICE_NUMBERS, LogitLosses
+from lizardzoo.distill.lora import with_lora
 from lizardzoo.distill.recipe import Recipe
 from lizardzoo.distill.trainer import activation_checkpointing, training
 from lizardzoo.distill.transfer import TeacherForcing
