@@ -15,11 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lizardzoo.kernels import FeatureMap, Impl, gated_linear_attention, hybrid_attention, window_attention
+from lizardzoo.kernels import (
+    FeatureMap,
+    Impl,
+    gated_linear_attention,
+    heavy_attention,
+    hybrid_attention,
+    window_attention,
+)
 from lizardzoo.mixers import AttentionShape, Hybrid, MixerInputs
 from lizardzoo.mixers.merge import Branch, joint
 
-WINDOW, KEEP = 128, 4
+WINDOW, KEEP, HEAVY = 128, 4, 131
 
 
 class Shape(NamedTuple):
@@ -153,6 +160,19 @@ def window(_: Inputs, impl: str, keep: int = KEEP) -> Function:
     return Function(lambda i: window_branch(i, impl, keep).y, ROTATED)
 
 
+def heavy(_: Inputs, impl: str) -> Function:
+    """Our window, and the tokens that drew most attention in it."""
+
+    def run(i: Inputs) -> Tensor:
+        near = window_branch(i, impl, KEEP)
+        y, log_mass, _ = heavy_attention(
+            i.q_rot, i.k_rot, i.v, near.log_mass, window=WINDOW, heavy=HEAVY, keep=KEEP, return_state=False, impl=impl
+        )
+        return joint([near, Branch(y, log_mass)], i.q.dtype)
+
+    return Function(run, ROTATED)
+
+
 def gated_linear(_: Inputs, impl: str, lag: int = WINDOW, skip: int = KEEP) -> Function:
     """Our linear branch."""
     return Function(lambda i: linear_branch(i, impl, lag, skip).y, LINEAR)
@@ -207,7 +227,13 @@ def build_mixer(shape: Shape, hidden: int, device: torch.device | str, impl: str
 
 def ours(impl: str) -> dict[str, Contender]:
     """Softmax, and everything of ours, in the order of the tables."""
-    makers: dict[str, Any] = {"window": window, "gated linear": gated_linear, "hybrid": hybrid, "hybrid mixer": mixer}
+    makers: dict[str, Any] = {
+        "window": window,
+        "gated linear": gated_linear,
+        "hybrid": hybrid,
+        "hybrid mixer": mixer,
+        "heavy": heavy,
+    }
     found = {"sdpa": Contender(softmax, softmax)}
     for name, make in makers.items():
         formula = partial(composition if make is hybrid else make, impl="reference")

@@ -223,6 +223,23 @@ def test_a_step_of_both_is_the_joint_of_their_steps(case: Case, shape: tuple[int
     assert_same_state(state, expected[1])
 
 
+@pytest.mark.parametrize("impl", ["triton", "reference"])
+@torch.no_grad()
+def test_of_equal_scores_the_oldest_token_gives_way(impl: str) -> None:
+    """In every key head for itself, whatever its slot."""
+    past = init_window_state(1, 2, 4, 5, 0, torch.float32, "cpu")._replace(length=torch.tensor([40]))
+    state = init_state(1, 2, 4, 5, 37, torch.float32, "cpu")
+    ranks = torch.stack([torch.randperm(35)[:30] for _ in range(2)], 1)[None].int()
+    ranks = torch.cat([ranks[:, :20], ranks[:, :7] + 40, ranks[:, 20:]], 1)
+    score = torch.full((1, 37, 2), 0.0)
+    state = state._replace(score=score, rank=ranks)
+    q, k = torch.randn(1, 1, 4, 4), torch.randn(1, 1, 2, 4)
+    *_, after = heavy_attention_step(q, k, k, torch.zeros(1, 1, 4), past, state, impl=impl)
+    replaced = (after.rank != ranks).nonzero()
+    assert torch.equal(replaced[:, 1][replaced[:, 2].argsort()], ranks.argmin(1)[0])
+    assert (after.rank[after.rank != ranks] == 40 - 5).all()
+
+
 def test_a_step_of_both_with_gradients_is_the_references() -> None:
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 30, heads, 4, generator=generator) for heads in (4, 2, 2))

@@ -34,7 +34,7 @@ def _launch(
             0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], HKV=kv_heads, G=heads // kv_heads, DK=dim,
             DV=v.shape[3], **blocks, M=power_of_2(heads // kv_heads),
             N=16 if ops.INTERPRETED else min(64, max(16, 8192 // wide)), R=window_ops.KEPT_BLOCK,
-            H=16 if ops.INTERPRETED else 256, num_warps=4, num_stages=2,
+            H=16 if ops.INTERPRETED else 256, num_warps=8 if wide > 512 else 4, num_stages=2,
         )  # fmt: skip
     return y, log_mass
 

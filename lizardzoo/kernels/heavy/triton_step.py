@@ -88,11 +88,10 @@ def step_kernel(
         peak, mass, acc = _attend(peak, mass, acc, scores, there[None, :] & inside[:, None], v)
     seen = inside & (real != 0) & (mass > 0.0)
     mass = tl.where(seen, mass, 1.0)
-    place = b * (HKV * G) + heads
-    _store(
-        Y, place * DV, tl.where(seen[:, None], acc / mass[:, None], 0.0).to(Y.dtype.element_ty), inside, DV, BLOCK_DV
-    )
-    tl.store(LOG_MASS + place, tl.where(seen, (peak + tl.log2(mass)) / LOG2E, float("-inf")), mask=inside)
+    answers = b * (HKV * G) + heads
+    y = tl.where(seen[:, None], acc / mass[:, None], 0.0)
+    _store(Y, answers * DV, y.to(Y.dtype.element_ty), inside, DV, BLOCK_DV)
+    tl.store(LOG_MASS + answers, tl.where(seen, (peak + tl.log2(mass)) / LOG2E, float("-inf")), mask=inside)
 
     tl.debug_barrier()
     young = tl.maximum(window // 8, 1)
@@ -106,11 +105,11 @@ def step_kernel(
         more = tl.sum(tl.where(counts[None, :] & inside[:, None], weights, 0.0), 0)
         before = tl.load(DRAWN + place, mask=(j < window) & (j != slot), other=0.0)  # the new token begins with nothing
         tl.store(DRAWN + place, before + more, mask=j < window * real)
-    place = (b * heavy + worst) * HKV + head
-    tl.store(HELD_K + place * DK + d, k_old, mask=d < DK * taken)
-    tl.store(HELD_V + place * DV + dv, v_old, mask=dv < DV * taken)
-    tl.store(SCORE + place, new_score, mask=taken > 0)
-    tl.store(RANK + place, (length - window).to(tl.int32), mask=taken > 0)
+    home = (b * heavy + worst) * HKV + head
+    tl.store(HELD_K + home * DK + d, k_old, mask=d < DK * taken)
+    tl.store(HELD_V + home * DV + dv, v_old, mask=dv < DV * taken)
+    tl.store(SCORE + home, new_score, mask=taken > 0)
+    tl.store(RANK + home, (length - window).to(tl.int32), mask=taken > 0)
     if GIVEN is None:
         write_token(
             k_new, v_new, RING_K, RING_V, KEPT_K, KEPT_V, b, head, length, window, keep, real, HKV, DK, DV, BLOCK_DK,
