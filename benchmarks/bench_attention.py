@@ -49,7 +49,16 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="verify ours in plain PyTorch on the CPU, time nothing")
     parser.add_argument("--render", type=Path, metavar="FILE.json", help="tables and picture of an earlier run")
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for what is written")
-    return parser.parse_args()
+    given = parser.parse_args()
+    least = 2 * len(shapes_of(given))
+    if given.compilers and (given.peers != "full" or given.compilers < least):
+        parser.error(f"--compilers needs --peers full, and 2 for each shape: at least {least} here")
+    return given
+
+
+def shapes_of(arguments: argparse.Namespace) -> list[str]:
+    """The shapes that were asked for."""
+    return arguments.shape or list(HEADLINES if arguments.quick else SHAPES)
 
 
 def main() -> None:
@@ -81,8 +90,8 @@ def bench(arguments: argparse.Namespace) -> None:
     run |= {"verified": [], "results": [], "decode": []}
     print(run["machine"])
     contenders = chosen(arguments)
-    shapes = arguments.shape or list(HEADLINES if arguments.quick else SHAPES)
-    if arguments.peers == "full":
+    shapes = shapes_of(arguments)
+    if arguments.compilers:
         compile_ahead(shapes, arguments.compilers)
     for name in shapes:
         shape = SHAPES[name]

@@ -40,17 +40,15 @@ def markdown(results: dict[str, Any]) -> str:
                 f"| {name} | {' | '.join(scores.get(column, '') for column in header)} |" for name, scores in rows
             ]
             parts += [f"## Retrieval and questions, student / teacher: {NAMES[stage]}", "\n".join(lines)]
-    if results["selection"]:
-        selection = results["selection"]
+    for selection in results["selection"].values():
         parts += [
             "## Layers by what their softmax is worth",
             f"Chosen greedily on {selection['of']}: {', '.join(map(str, selection['kept']))}. "
             f"KL with the first 0, 1, 2, ... of them: {', '.join(f'{kl:.4f}' for kl in selection['curve'])}.",
         ]
-    if results["windows"]:
-        windows = results["windows"]
+    for windows in results["windows"].values():
         parts += [
-            "## Windows by layer, at the same state",
+            f"## {windows['field'].capitalize()} by layer, at the same state",
             f"Chosen on {windows['of']}, KL {windows['kl_before']:.4f} before and {windows['kl']:.4f} with: "
             f"{', '.join(map(str, windows['windows']))}.",
         ]

@@ -27,9 +27,11 @@ from lizardzoo.smollm2 import load_teacher
 
 STAGES = ("start", "transfer", "finetune")
 RANKED = "recommended"
-"""The variant whose first stage ranks the layers for those that keep softmax."""
+"""The variant whose first stage ranks the layers for those that keep softmax; for those made of `heavy`, that one."""
+OCTAVES = {"window": 2, "heavy": 3}
+"""How often a size is halved and doubled where it is shared out."""
 CALIBRATION, RANKING = 4, 16
-"""Training sequences on which start values are set, and those on which layers are ranked and windows shared out."""
+"""Training sequences on which start values are set, and those on which layers are ranked and sizes shared out."""
 MOST_KEPT = 8
 """Layers that are chosen, one after the other; a variant takes the first of them."""
 
@@ -39,7 +41,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        empty: dict[str, Any] = {"settings": None, "selection": None, "windows": None, "runs": {}}
+        empty: dict[str, Any] = {"settings": None, "selection": {}, "windows": {}, "runs": {}}
         self.values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else empty
 
     def settle(self, settings: dict[str, Any]) -> None:
@@ -142,42 +144,50 @@ class Comparison:
     def linearize(self, variant: Variant) -> Any:
         """The student at its start."""
         layers: list[Any] = [variant.spec_for(self.teacher)] * self.teacher.config.num_hidden_layers
-        for index in self.ranking()[: variant.softmax] if variant.softmax else ():
+        for index in self.ranking(variant)[: variant.softmax] if variant.softmax else ():
             layers[index] = lz.Softmax()
-        if variant.share_windows:
-            for index, window in enumerate(self.windows()):
-                layers[index] = dataclasses.replace(layers[index], window=window)
+        if variant.share:
+            for index, size in enumerate(self.sizes(variant)):
+                layers[index] = dataclasses.replace(layers[index], **{variant.share: size})
         return lz.linearize(self.teacher, layers, calibrate=self.calibration)
 
-    def ranking(self) -> list[int]:
-        """Layers by what their softmax is worth, best first: of RANKED after stage 1 where that has been run."""
-        values = self.results.values
-        if values["selection"] is None:
-            model, of = self.ranked()
+    def ranking(self, variant: Variant) -> list[int]:
+        """Layers by what their softmax is worth, best first: of what the variant is made of, after stage 1."""
+        values, base = self.results.values["selection"], self.base(variant)
+        if base not in values:
+            model, of = self.ranked(base, variant)
             keep = min(MOST_KEPT, self.teacher.config.num_hidden_layers)
             found = lz.select_layers(
-                model, self.ranking_text, keep, layers=RANKED, teacher=self.teacher, greedy=True, batch_size=4
-            )
-            values["selection"] = {"of": of, **found.to_dict()}
+                model, self.ranking_text, keep, layers=variant.spec_for(self.teacher), teacher=self.teacher,
+                greedy=True, batch_size=4,
+            )  # fmt: skip
+            values[base] = {"of": of, **found.to_dict()}
             self.results.save()
-        return values["selection"]["kept"]
+        return values[base]["kept"]
 
-    def windows(self) -> list[int]:
-        """The window of every layer, chosen on the same model."""
-        values = self.results.values
-        if values["windows"] is None:
-            model, of = self.ranked()
-            found = lz.select_windows(model, self.ranking_text, layers=RANKED, teacher=self.teacher, batch_size=4)
-            values["windows"] = {"of": of, **found.to_dict()}
+    def sizes(self, variant: Variant) -> list[int]:
+        """The size of every layer that the variant shares out, chosen on the same model."""
+        values, base = self.results.values["windows"], self.base(variant)
+        if base not in values:
+            model, of = self.ranked(base, variant)
+            found = lz.select_windows(
+                model, self.ranking_text, layers=variant.spec_for(self.teacher), teacher=self.teacher,
+                field=variant.share, octaves=OCTAVES[variant.share], batch_size=4,
+            )  # fmt: skip
+            values[base] = {"of": of, **found.to_dict()}
             self.results.save()
-        return values["windows"]["windows"]
+        return values[base]["windows"]
 
-    def ranked(self) -> tuple[Any, str]:
-        """RANKED after stage 1 where that has been run, else the teacher, of which it is made; and what that is."""
-        trained = self.folder(RANKED, self.arguments.seeds[0]) / "transfer"
-        if not trained.is_dir():
-            return self.teacher, f"{RANKED}, calibrated and not trained"
-        return lz.from_pretrained(trained).to(self.teacher.device), f"{RANKED} after stage 1"
+    def base(self, variant: Variant) -> str:
+        """The variant that ranks for it: one of the same spec and nothing else."""
+        return "heavy" if isinstance(variant.spec_for(self.teacher), lz.Heavy) else RANKED
+
+    def ranked(self, base: str, variant: Variant) -> tuple[Any, str]:
+        """The base after stage 1 where that has been run, else the teacher, of which it is made; and what that is."""
+        trained = self.folder(base, self.arguments.seeds[0]) / "transfer"
+        if trained.is_dir():
+            return lz.from_pretrained(trained).to(self.teacher.device), f"{base} after stage 1"
+        return self.teacher, f"{base}, calibrated and not trained" if self.learns(variant) else base
 
     def folder(self, name: str, seed: int) -> Path:
         """Where a variant's models are."""

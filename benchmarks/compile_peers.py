@@ -23,9 +23,9 @@ TOKENS = (2, 640)
 
 
 def compile_ahead(shapes: list[str], processes: int) -> None:
-    """For these shapes, as many processes in all; ends once one of each shape has compiled everything."""
-    if processes < 2 * len(shapes) or importlib.util.find_spec("fla") is None:
-        return
+    """For these shapes, as many processes in all, two or more each; ends once one of each has compiled everything."""
+    if importlib.util.find_spec("fla") is None:
+        raise SystemExit("--compilers compiles what fla will try, and fla is not installed; leave it out")
     begun = time.monotonic()
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running = [

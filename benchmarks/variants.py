@@ -18,7 +18,7 @@ RECOMMENDED: Any = PRESETS.get("recommended")
 @dataclass(frozen=True)
 class Variant:
     """A row. `spec` for all layers: a spec, or what makes one of the teacher; `softmax`: layers that keep theirs;
-    `share_windows`: windows differ by layer, as measured, at the same state in all.
+    `share`: a size ("window", "heavy") differs by layer, as measured, at the same state in all.
 
     loss: weights of cross-entropy and KL in stage 2.
     """
@@ -27,7 +27,7 @@ class Variant:
     spec: MixerSpec | Callable[[Any], MixerSpec]
     differs: str
     softmax: int = 0
-    share_windows: bool = False
+    share: str = ""
     loss: tuple[float, float] = (0.0, 1.0)
 
     def spec_for(self, teacher: Any) -> MixerSpec:
@@ -95,6 +95,16 @@ VARIANTS: list[Variant] = [
         at_state_of(lz.Heavy(window=64), RECOMMENDED, "heavy"),
         "the same with a window of 64 and more of those tokens",
     ),
+    Variant("heavy-lasting", at_state_of(lz.Heavy(half_life=None), RECOMMENDED, "heavy"), "heavy, half_life=None"),
+    *(
+        Variant(
+            f"heavy-half-life-{count}",
+            at_state_of(lz.Heavy(half_life=count), RECOMMENDED, "heavy"),
+            f"heavy, half_life={count}",
+        )
+        for count in (128, 512, 1024)
+    ),
+    Variant("heavy-by-layer", HEAVY, "heavy tokens shared out among the layers, same state", share="heavy"),
     *(
         Variant(f"heavy-softmax-{count}", HEAVY, f"heavy, softmax kept in {count} layers", softmax=count)
         for count in (2, 4)
@@ -128,7 +138,7 @@ VARIANTS: list[Variant] = [
         for dim in (16, 32)
     ),
     *(variant for window in (64, 256, 512) for variant in wide(window)),
-    Variant("windows-by-layer", RECOMMENDED, "windows shared out among the layers, same state", share_windows=True),
+    Variant("windows-by-layer", RECOMMENDED, "windows shared out among the layers, same state", share="window"),
     Variant("loss-ce", RECOMMENDED, "stage 2 with cross-entropy", loss=(1.0, 0.0)),
     Variant("loss-both", RECOMMENDED, "stage 2 with cross-entropy and KL", loss=(0.5, 0.5)),
     *(

@@ -25,8 +25,8 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from lizardzoo.adapters import ADAPTERS, is_new_parameter, softmax_mode
+from lizardzoo.adapters.fit import refuse_misfit
 from lizardzoo.adapters.limits import clear_errors
-from lizardzoo.adapters.publishing import refuse_misfit
 from lizardzoo.config import LINEARIZED, SpecLike, resolve_layers
 from lizardzoo.errors import LizardzooError
 from lizardzoo.hub.weights import check_object, pinned, where
@@ -183,7 +183,7 @@ def read_tokenizer(source: str | Path) -> Any:
 def _place(source: str | Path) -> tuple[str, dict[str, Any]]:
     """Where transformers looks for a model, and the argument that names a GGUF file in there."""
     path = Path(source)
-    if path.suffix != ".gguf":
+    if path.suffix != ".gguf" or path.is_dir():  # a folder may have any name
         return str(source), {}
     if not path.is_file():
         raise LizardzooError(f"there is no GGUF file {source}; give the path of one, or a folder or Hub id")

@@ -26,6 +26,7 @@ from transformers import GenerationConfig
 from lizardzoo.adapters import is_new_parameter
 from lizardzoo.config import SpecLike, resolve_layers
 from lizardzoo.errors import LizardzooError
+from lizardzoo.hub.weights import shard_names
 from lizardzoo.linearize import ConversionReport, convert_config, find_adapter, progress_bars, read_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -124,10 +125,8 @@ def find_checkpoint(source: str | Path) -> Checkpoint | None:
     if not folder.is_dir():
         folder = Path(snapshot_download(str(source), allow_patterns=PATTERNS))
     if (folder / INDEX).is_file():
-        try:
-            files = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise LizardzooError(f"{folder / INDEX} is no index of weights ({error!r}); download it again") from error
+        shard_names(folder / INDEX, source)  # of a stranger: each is a file of the folder itself
+        files = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
     elif (folder / WEIGHTS).is_file():
         with _readable(folder / WEIGHTS) as file:
             files = dict.fromkeys(file.keys(), WEIGHTS)

@@ -3,6 +3,7 @@
 `HYPOTHESIS_PROFILE=explore make test` looks for new counter-examples; the default profile is deterministic.
 """
 
+import gc
 import os
 import shutil
 import subprocess
@@ -60,6 +61,12 @@ CHAT_TEMPLATE = (
 )
 
 
+def pytest_collection_finish() -> None:
+    """All modules are there, and stay: no collection has to walk through them again, of the many that tests ask for."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """A GPU test on a machine without one fails: a skip would let `make test-gpu` pass and prove nothing."""
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
@@ -67,6 +74,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_unconfigure() -> None:
+    gc.unfreeze()  # what is frozen would not be taken down at the end, and libraries say so
     shutil.rmtree(_CACHE, ignore_errors=True)
 
 

@@ -329,6 +329,7 @@ def test_info_names_adapter_and_kernels(tiny_folder, tmp_path):
     assert "window_attention 1 reference triton" in out
     assert "gated_linear_attention 1 reference triton" in out
     assert "rotate 0 reference triton" in out
+    assert "token_gates 0-1 reference triton" in out
     assert "softmax 2 transformers, sdpa" in out
     assert "adapter: LizardLlamaForCausalLM, once linearized" in succeed("info", tiny_folder)
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import lizardzoo as lz
 from lizardzoo import evaluate
 from lizardzoo.config import PRESETS
+from lizardzoo.distill import plots
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 MODULES = ("compare", "compare_report", "comparison", "variants")
@@ -55,9 +56,12 @@ def call(compare, variants, tiny_folder, tmp_path, monkeypatch):
             variants.Variant("recommended", small, ""),
             variants.Variant("bare", variants.at_state_of(lz.Window(), small), "bare"),
             variants.Variant("softmax-2", small, "two kept", softmax=2),
-            variants.Variant("shared", small, "shared windows", share_windows=True),
+            variants.Variant("shared", small, "shared windows", share="window"),
+            variants.Variant("heavy-shared", lz.Heavy(window=8, heavy=8), "heavy tokens", share="heavy"),
+            variants.Variant("heavy-softmax", lz.Heavy(window=8, heavy=8), "one kept", softmax=1),
         ],
     )
+    monkeypatch.setattr(plots, "plot", lambda folder: None)  # nobody looks at them here
     for name in ("train", "text"):
         (tmp_path / f"{name}.txt").write_text(f"A {name} is what the lizard on the wall reads. " * 80)
 
@@ -90,6 +94,8 @@ def test_every_variant_is_trained_measured_and_told(call, tiny_folder, tiny_toke
         "bare, 0": ["start", "transfer", "finetune"],
         "softmax-2, 0": ["start", "transfer", "finetune"],
         "shared, 0": ["start", "transfer", "finetune"],
+        "heavy-shared, 0": ["start", "transfer", "finetune"],
+        "heavy-softmax, 0": ["start", "transfer", "finetune"],
     }
     bare = results["runs"]["bare, 0"]["stages"]
     assert (
@@ -105,10 +111,17 @@ def test_every_variant_is_trained_measured_and_told(call, tiny_folder, tiny_toke
     assert found["all"]["perplexity"] == pytest.approx(overall.perplexity, rel=1e-4)
     assert [row["name"] for row in stage["retrieval"]] == ["teacher", "student"]
     kept = [i for i, spec in enumerate(results["runs"]["softmax-2, 0"]["layers"]) if spec["type"] == "softmax"]
-    assert kept == sorted(results["selection"]["kept"][:2])
-    assert results["selection"]["of"] == results["windows"]["of"] == "recommended after stage 1"
+    assert kept == sorted(results["selection"]["recommended"]["kept"][:2])
+    of_hybrid, of_heavy = (
+        [results[key][base]["of"] for key in ("selection", "windows")] for base in ("recommended", "heavy")
+    )
+    assert of_hybrid == ["recommended after stage 1"] * 2 and of_heavy == ["heavy"] * 2
     shared = results["runs"]["shared, 0"]
-    assert [spec["window"] for spec in shared["layers"]] == results["windows"]["windows"]
+    assert [spec["window"] for spec in shared["layers"]] == results["windows"]["recommended"]["windows"]
+    sizes = [spec["heavy"] for spec in results["runs"]["heavy-shared, 0"]["layers"]]
+    assert sizes == results["windows"]["heavy"]["windows"]
+    kept = [i for i, spec in enumerate(results["runs"]["heavy-softmax, 0"]["layers"]) if spec["type"] == "softmax"]
+    assert kept == results["selection"]["heavy"]["kept"][:1]
     assert shared["state bytes"] <= results["runs"]["recommended, 0"]["state bytes"]
     assert [path.name for path in (tmp_path / "out" / "runs").iterdir()] == ["recommended-0"]
     told = (tmp_path / "out" / "results.md").read_text()
@@ -140,10 +153,12 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(call, comparison, mo
     monkeypatch.setattr(comparison.evaluate, "sequences", again)
     monkeypatch.setattr(comparison, "load_data", again)
     assert without_times(call("--stages", 1)) == without_times(whole)
-    assert len(calls) == 5 + 3  # stage 1 of the variant that was stopped, both of the last
+    assert (
+        len(calls) == 5 + 5
+    )  # stage 1 of the variant that was stopped, both of the next, and the start of two without parameters
     monkeypatch.setattr(comparison.lz, "distill", again)
     assert without_times(call("--stages", 1)) == without_times(whole)
-    assert len(calls) == 8
+    assert len(calls) == 10
 
 
 def test_seeds_have_other_batches_and_one_row(call, report):
@@ -167,7 +182,7 @@ def test_what_does_not_fit_is_refused(call):
 def test_variants_are_told_apart_and_have_the_state_they_claim(compare, variants, tiny_llama):
     names = [variant.name for variant in variants.VARIANTS]
     assert len(set(names)) == len(names)
-    assert len({(repr(v.spec), v.softmax, v.share_windows, v.loss) for v in variants.VARIANTS}) == len(names)
+    assert len({(repr(v.spec), v.softmax, v.share, v.loss) for v in variants.VARIANTS}) == len(names)
     by_name = {variant.name: variant.spec_for(tiny_llama) for variant in variants.VARIANTS}
     for spec in by_name.values():
         assert lz.linearize(tiny_llama, spec).config.specs == [spec] * 3
@@ -199,8 +214,8 @@ def test_the_table_orders_by_what_is_far_and_puts_what_diverged_last(report):
     settings = {"batch": 2, "tokens": 32, "steps": [1, 1], "dtype": "float32"}
     results = {
         "settings": settings,
-        "selection": None,
-        "windows": None,
+        "selection": {},
+        "windows": {},
         "runs": {str(i): r for i, r in enumerate(runs)},
     }
     rows = list(report.rows_of(results, "wiki", "transfer"))

@@ -123,17 +123,18 @@ def test_the_closing_table_separates_inside_from_beyond(demo, tiny_llama):
 @pytest.mark.parametrize(
     ("kl", "broken"),
     [
-        ((1.0, 0.3, 0.25, 0.2), []),
-        ((1.0, 0.3, 0.3, 0.2), ["after stage 1"]),
-        ((1.0, 0.3, 0.2, 0.25), ["after stage 2"]),
-        ((0.1, 0.3, 0.25, 0.2), ["after stage 2"]),
-        ((0.1, 0.3, 0.4, math.nan), ["after stage 1", "after stage 2", "after stage 2"]),
+        ((1.0, 0.3, 0.25, 0.2, 0.2, 0.1), []),
+        ((1.0, 0.3, 0.3, 0.2, 0.2, 0.1), ["after stage 1"]),
+        ((1.0, 0.3, 0.2, 0.25, 0.2, 0.1), ["after stage 2"]),
+        ((0.1, 0.3, 0.25, 0.2, 0.2, 0.1), ["after stage 2"]),
+        ((1.0, 0.3, 0.25, 0.2, 0.2, 0.2), ["heavy"]),
+        ((0.1, 0.3, 0.4, math.nan, 0.2, 0.1), ["after stage 1", "after stage 2", "after stage 2"]),
     ],
 )
 def test_the_demo_fails_where_a_stage_does_not_help(demo, kl, broken):
-    names = ("window 128", demo.BEFORE, demo.TRANSFERRED, demo.FINETUNED)
+    names = ("window 128", demo.BEFORE, demo.TRANSFERRED, demo.FINETUNED, "window 260", "heavy")
     lines = [demo.Summary(name, 1.0, 1.0, 0.0, value, {}) for name, value in zip(names, kl, strict=True)]
-    found = demo.broken_promises(lines, "window 128")
+    found = demo.broken_promises(lines, "window 128", "window 260", "heavy")
     assert len(found) == len(broken)
     assert all(word in sentence for word, sentence in zip(broken, found, strict=True))
 

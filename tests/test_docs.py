@@ -24,6 +24,7 @@ import transformers
 from huggingface_hub import constants
 
 import lizardzoo as lz
+import lizardzoo.hub
 import lizardzoo.kernels
 import lizardzoo.testing
 
@@ -157,7 +158,9 @@ def test_troubleshooting_quotes_what_is_really_said() -> None:
         assert any(map(pattern.search, said)), f"nothing says {quote!r}"
 
 
-@pytest.mark.parametrize("package", [lz, lz.evaluate, lizardzoo.kernels, lizardzoo.testing], ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "package", [lz, lz.evaluate, lizardzoo.hub, lizardzoo.kernels, lizardzoo.testing], ids=lambda p: p.__name__
+)
 def test_the_reference_has_every_public_name(package: types.ModuleType) -> None:
     """mkdocs fails at a name that is shown and does not exist, this test at one that exists and is not shown."""
     pages = "".join(path.read_text(encoding="utf-8") for path in (DOCS / "reference").glob("*.md"))

@@ -17,7 +17,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lizardzoo as lz
 from lizardzoo import evaluate
-from lizardzoo.adapters.base import CACHE_KEYWORD
+from lizardzoo.adapters.masks import CACHE_KEYWORD
 from lizardzoo.cache import cache_bytes, kv_bytes, state_bytes
 from lizardzoo.errors import LizardzooError
 from lizardzoo.evaluate import positions

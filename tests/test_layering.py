@@ -49,7 +49,7 @@ ROOMS: dict[str, set[str]] = {
 SHARED: dict[str, set[str]] = {
     "kernels": {"dispatch", "features", "launching", "merge", "rows", "state"},
     "mixers": {"base", "branches", "feature_maps", "gates", "merge"},
-    "adapters": {"base", "limits", "masks", "publishing"},
+    "adapters": {"attention", "base", "bases", "config", "fit", "limits", "masks", "publishing"},
 }
 COLLECTORS: dict[str, set[str]] = {
     "kernels": {"__init__", "hybrid", "heavy"},  # hybrid is made of both branches, heavy stands behind a window

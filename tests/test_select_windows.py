@@ -58,6 +58,20 @@ def test_the_layer_that_looks_far_gets_what_the_others_do_not_need(text, far):
             assert expected == pytest.approx(kl(teacher, lz.linearize(teacher, layers), text), rel=1e-4, abs=1e-6)
 
 
+def test_so_are_heavy_tokens(tiny_llama, text):
+    spec = lz.Heavy(window=4, keep=0, heavy=8)
+    found = lz.select_windows(tiny_llama, text, layers=spec, field="heavy", octaves=1)
+    assert list(found) == [lz.Heavy(window=4, keep=0, heavy=size) for size in found.windows]
+    assert sum(found.windows) <= 3 * 8 and found.kl <= found.kl_before
+    student = lz.linearize(tiny_llama, found)
+    assert state_bytes(student) <= state_bytes(lz.linearize(tiny_llama, spec))
+    assert found.kl == pytest.approx(kl(tiny_llama, student, text), rel=1e-4, abs=1e-6)
+    for layer, each in found.kl_alone.items():
+        for size, expected in each.items():
+            layers = [lz.Heavy(window=4, keep=0, heavy=size if i == layer else 8) for i in range(3)]
+            assert expected == pytest.approx(kl(tiny_llama, lz.linearize(tiny_llama, layers), text), rel=1e-4, abs=1e-6)
+
+
 def test_it_is_never_worse_and_leaves_the_model_as_it_was(tiny_llama, text):
     hybrid = lz.Hybrid(window=WINDOW, keep=2)
     student = lz.linearize(tiny_llama, [hybrid, lz.Softmax(), hybrid], calibrate=text)
@@ -110,10 +124,14 @@ def test_what_does_not_fit_is_refused(tiny_llama, text):
     mixed = lz.linearize(tiny_llama, [lz.Window(window=8), lz.Window(window=16), lz.GatedLinear()])
     with pytest.raises(LizardzooError, match=r"the model has windows of \[8, 16\] tokens"):
         lz.select_windows(mixed, text)
-    with pytest.raises(LizardzooError, match=r"the model has 1 window\(s\)"):
+    with pytest.raises(LizardzooError, match=r"the model has 1 layer\(s\) with a window"):
         lz.select_windows(tiny_llama, text, layers=["window", "softmax", "softmax"])
     for octaves in (0, 4, True):
         with pytest.raises(LizardzooError, match=f"octaves={octaves!r} and window=8"):
             lz.select_windows(tiny_llama, text, layers=lz.Window(window=8), octaves=octaves)
+    with pytest.raises(LizardzooError, match=r"the model has 0 layer\(s\) with heavy tokens"):
+        lz.select_windows(tiny_llama, text, layers="window", field="heavy")
+    with pytest.raises(LizardzooError, match="field='keep': expected 'window' or 'heavy'"):
+        lz.select_windows(tiny_llama, text, layers="window", field="keep")
     with pytest.raises(LizardzooError, match="token ids"):
         lz.select_windows(tiny_llama, [[1]])

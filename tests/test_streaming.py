@@ -173,6 +173,12 @@ def bad_generation_config(folder):
     (folder / "generation_config.json").write_text('{"max_new_tokens": -5}')
 
 
+def name_a_path(folder):
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = "../model.safetensors"
+    (folder / INDEX).write_text(json.dumps(index))
+
+
 def lose_all(folder):
     for file in folder.glob("model*"):
         file.unlink()
@@ -190,7 +196,8 @@ def lose_all(folder):
         (bad_generation_config, r"generation_config.json is not valid \(.*max_new_tokens.*\); correct it"),
         (edit_config(model_type="gpt2"), "cannot linearize a 'gpt2' model"),
         (edit_config(quantization_config={"quant_method": "fp8"}), "are quantized; load them dequantized"),
-        (lambda folder: (folder / INDEX).write_text("{}"), "is no index of weights"),
+        (lambda folder: (folder / INDEX).write_text("{}"), rf"{INDEX} of .* is damaged"),
+        (name_a_path, r"names '\.\./model\.safetensors'; a shard is a safetensors file in the folder itself"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_converted_is_refused_in_one_sentence(damage, words, sharded, tmp_path):

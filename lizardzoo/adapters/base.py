@@ -1,15 +1,14 @@
 """How one Hugging Face architecture reaches a mixer, once for all of them.
 
-An adapter file holds three subclasses of its family's own classes, each with the mixin below in front: config,
-attention, model and causal LM. Nothing of a modeling file is copied: projections, norms, MLPs, RoPE, loss and
-`generate` stay transformers' own, and a state dict has the base's names plus `...self_attn.mixer.*`.
+An adapter file holds subclasses of its family's own classes, each with the mixin from here in front: config, attention
+(`config.py`, `attention.py`), model and causal LM. Nothing of a modeling file is copied: projections, norms, MLPs,
+RoPE, loss and `generate` stay transformers' own, and a state dict has the base's names plus `...self_attn.mixer.*`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.utils import can_return_tuple
 
-from lizardzoo import mixers as _builtin_mixers  # noqa: F401  registers the mixers that a config.json may name
-from lizardzoo.adapters.limits import check_config, check_fields, check_layers, clear_errors
+from lizardzoo.adapters.attention import MixedAttention
+from lizardzoo.adapters.config import MIXER_TYPES, LizardConfigMixin
+from lizardzoo.adapters.limits import check_layers
 from lizardzoo.adapters.masks import (
     CACHE_KEYWORD,
     TOKEN_MASK,
@@ -29,14 +29,22 @@ from lizardzoo.adapters.masks import (
     token_mask,
 )
 from lizardzoo.adapters.publishing import Published
-from lizardzoo.cache import MIXER_LAYER_TYPE, SLIDING_MIXER_LAYER_TYPE, MixerCacheLayer, prefetch_next
-from lizardzoo.config import LINEARIZED, MIXERS, MixerSpec, resolve_layers
+from lizardzoo.config import LINEARIZED
 from lizardzoo.errors import LizardzooError
-from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
+from lizardzoo.mixers.base import Mixer
 from lizardzoo.registry import Registry
 
-MIXER_TYPES = {"full_attention": MIXER_LAYER_TYPE, "sliding_attention": SLIDING_MIXER_LAYER_TYPE}
-"""The cache layer of a mixer, by what the layer's attention is in the teacher."""
+__all__ = [
+    "ADAPTERS",
+    "LayerwiseMasks",
+    "LizardConfigMixin",
+    "MixedAttention",
+    "MixedForCausalLM",
+    "MixedModel",
+    "MixedPreTrained",
+    "is_new_parameter",
+    "register_adapter",
+]
 
 Model = TypeVar("Model", bound=type)
 
@@ -78,165 +86,6 @@ def register_adapter(model_type: str) -> Callable[[Model], Model]:
 def is_new_parameter(name: str) -> bool:
     """Whether a parameter name belongs to a mixer (and not to the teacher)."""
     return ".self_attn.mixer." in name
-
-
-@dataclass(kw_only=True)
-class LizardConfigMixin:
-    """Adds to a family's config `layers`, one spec dict per layer (or a preset name for all; see `lizardzoo.config`).
-
-    `layer_types` follows from it and from `teacher_layer_types`, which says what each layer was in the teacher.
-    """
-
-    base_model_tp_plan: ClassVar[Any] = None  # a plan would have to shard the mixers' per-head parameters too
-
-    layers: list[Any] | str | None = None
-    teacher_layer_types: list[str] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        check_config(self)
-        super().__post_init__(**kwargs)  # type: ignore[misc]
-        self.normalize_layers()
-
-    def normalize_layers(self) -> None:
-        """Write `layers` out as one full dict per layer, whatever form it was given in (None = all softmax)."""
-        self.layers = [spec.to_dict() for spec in self.specs]
-
-    @property
-    def specs(self) -> list[MixerSpec]:
-        """One spec per layer."""
-        layers = "softmax" if self.layers is None else self.layers
-        return resolve_layers(layers, self.num_hidden_layers)  # type: ignore[attr-defined]
-
-    @property
-    def layer_types(self) -> list[str]:
-        """Which cache layer each layer gets: derived from `layers`, so that it can never be stale.
-
-        Forwards of some families ask for it once per layer, compiled ones too: it builds no specs.
-        """
-        keeps = [MIXERS.get(name).keeps_softmax for name in self._mixer_names()]
-        return [own if kept else MIXER_TYPES[own] for own, kept in zip(self.own_layer_types, keeps)]
-
-    @layer_types.setter
-    def layer_types(self, value: Any) -> None:
-        """Ignored: `layers` says it (the families' own constructors set it)."""
-
-    @property
-    def own_layer_types(self) -> list[str]:
-        """What each layer's attention is in the teacher: "full_attention" or "sliding_attention"."""
-        if self.teacher_layer_types is not None:
-            return list(self.teacher_layer_types)
-        sliding = getattr(self, "sliding_window", None) is not None
-        return ["sliding_attention" if sliding else "full_attention"] * self.num_hidden_layers  # type: ignore[attr-defined]
-
-    def _mixer_names(self) -> list[str]:
-        layers = self.layers
-        if not isinstance(layers, list) or not all(isinstance(layer, dict) for layer in layers):  # not written out yet
-            layers = [spec.to_dict() for spec in self.specs]
-        return [layer["type"] for layer in layers]
-
-    def validate_layer_type(self) -> None:
-        """transformers knows its own layer types only."""
-
-    @classmethod
-    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As transformers', of what a stranger may have written: one sentence if it is wrong, no code fetched."""
-        check_fields(config_dict)
-        with clear_errors():
-            return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
-
-    @classmethod
-    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
-        """Nothing: the package's source is never copied next to a checkpoint."""
-
-
-class MixedAttention(nn.Module):
-    """Mixin in front of a family's attention: the same projections, then a mixer where the layer has one.
-
-    `project` is what families differ in; Llama, Mistral and Qwen2 share this one.
-    """
-
-    mixer: Mixer | None
-    layer_idx: int
-
-    def __init__(self, config: Any, layer_idx: int) -> None:
-        super().__init__(config, layer_idx)
-        spec = config.specs[layer_idx]
-        self.mixer = None
-        self.runs_softmax = spec.keeps_softmax  # `softmax_mode` sets it for a while
-        if not spec.keeps_softmax:
-            self.mixer = spec.build(self.attention_shape(config))
-            if config.own_layer_types[layer_idx] == "sliding_attention":
-                self.sliding_window = config.sliding_window  # for `softmax_forward`
-
-    def attention_shape(self, config: Any) -> AttentionShape:
-        """The shape of what the mixer replaces."""
-        sizes: Any = (self.head_dim, self.scaling)  # the family's own, which its config need not hold
-        return AttentionShape(config.hidden_size, config.num_attention_heads, config.num_key_value_heads, *sizes)
-
-    def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [B, T, H, D], k, v [B, T, Hkv, D], before RoPE."""
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = (proj(hidden_states).view(shape) for proj in (self.q_proj, self.k_proj, self.v_proj))  # type: ignore[operator]
-        return q, k, v
-
-    def inputs(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any) -> MixerInputs:
-        """What the mixer gets of a layer's call; mask and starts come from `MixedModel.forward`."""
-        q, k, v = self.project(hidden_states)
-        cos, sin = position_embeddings
-        return MixerInputs(q, k, v, hidden_states, cos, sin, kwargs.get("token_mask"), kwargs.get("document_starts"))
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """[B, T, hidden] -> [B, T, hidden], and attention weights (None for a mixer)."""
-        run = self.softmax_forward if self.mixer is None or self.runs_softmax else self.mixer_forward
-        return run(hidden_states, position_embeddings, attention_mask, **kwargs)
-
-    def mixer_forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """What the mixer gives, whichever of the two runs; the attention mask of softmax is none of its business."""
-        assert self.mixer is not None
-        inputs = self.inputs(hidden_states, position_embeddings, **kwargs)
-        cache = cache_of(kwargs)
-        if cache is not None:
-            layers = cache.layers
-            layer = layers[self.layer_idx] if self.layer_idx < len(layers) else None
-            if not isinstance(layer, MixerCacheLayer):
-                raise LizardzooError(
-                    f"layer {self.layer_idx} needs a {MixerCacheLayer.__name__}, got {type(layer).__name__}; "
-                    f"make the cache with DynamicCache(config=model.config)"
-                )
-            prefetch_next(cache, self.layer_idx, hidden_states.device)
-            y = layer.advance(self.mixer, inputs)
-        else:
-            y, _ = self.mixer(inputs)
-        return self.o_proj(y.flatten(2)), None  # type: ignore[operator]
-
-    def softmax_forward(
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What the teacher's own attention gives with this layer's projections."""
-        kwargs.pop("token_mask", None)
-        kwargs.pop("document_starts", None)
-        return super().forward(
-            hidden_states=hidden_states,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            **kwargs,
-        )
 
 
 class MixedModel(nn.Module):
@@ -412,10 +261,20 @@ class MixedForCausalLM:
             window: tokens, the current one included.
 
         Raises:
-            LizardzooError: a list of another length, a window below 1; nothing is changed then.
+            LizardzooError: a list of another length, a window that is no whole number or below 1, no layer that has
+                one; nothing is changed then.
         """
         specs = self.config.specs
         targets = [i for i, spec in enumerate(specs) if hasattr(spec, "window")]
+        if not targets:
+            raise LizardzooError(
+                f"set_window({window!r}): no layer of this model has a window; convert its teacher anew"
+            )
+        if isinstance(window, str) or not isinstance(window, (int, Sequence)):
+            raise LizardzooError(
+                f"set_window({window!r}): a window is a whole number of tokens; give one for all layers, "
+                f"or a list of {len(targets)}, one for each layer that has a window"
+            )
         windows = [window] * len(targets) if isinstance(window, int) else list(window)
         if len(windows) != len(targets):
             raise LizardzooError(f"the model has {len(targets)} layers with a window, got {len(windows)} windows")
@@ -425,23 +284,6 @@ class MixedForCausalLM:
         for index, mixer in self.mixers().items():
             mixer.spec = specs[index]
         self.config.layers = [spec.to_dict() for spec in specs]
-
-
-@contextmanager
-def softmax_mode(model: Any) -> Iterator[None]:
-    """Inside, every layer runs the teacher's attention: with unchanged base weights, the model IS the teacher.
-
-    Args:
-        model: what `lizardzoo.linearize` returns. Call it with use_cache=False inside: its caches are its mixers'.
-    """
-    before = [(attention, attention.runs_softmax) for attention in model.attentions()]
-    for attention, _ in before:
-        attention.runs_softmax = True
-    try:
-        yield
-    finally:
-        for attention, flag in before:
-            attention.runs_softmax = flag
 
 
 def _without_cache(use_cache: bool | None) -> bool:

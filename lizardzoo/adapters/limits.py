@@ -38,12 +38,19 @@ UNFIT = (
 """What transformers and torch raise for a config that describes no model."""
 
 
-def check_config(config: Any) -> None:
-    """Refuse sizes that no model has, and what would fail only later; `config` may be half initialized."""
+def check_sizes(config: Any) -> None:
+    """Refuse sizes that no model has."""
     for name, limit in LIMITS.items():
         value = getattr(config, name, None)
         if value is not None and not _is_size(value, limit):
             raise LizardzooError(f"config.json: {name}={value!r} must be a whole number from 1 to {limit}; correct it")
+    if getattr(config, "hidden_act", "silu") not in ACT2FN:
+        raise LizardzooError(f"config.json: hidden_act={config.hidden_act!r} is no activation of transformers")
+
+
+def check_config(config: Any) -> None:
+    """Refuse a linearized config that no model has, and what would fail only later; it may be half initialized."""
+    check_sizes(config)
     count = getattr(config, "num_hidden_layers", None)
     if isinstance(config.layers, list):
         if len(config.layers) != count:
@@ -60,8 +67,6 @@ def check_config(config: Any) -> None:
             f"config.json: teacher_layer_types={types!r} must be one of full_attention and sliding_attention for each "
             f"of {count} layers; correct it"
         )
-    if getattr(config, "hidden_act", "silu") not in ACT2FN:
-        raise LizardzooError(f"config.json: hidden_act={config.hidden_act!r} is no activation of transformers")
 
 
 def check_layers(layers: Sequence[Any], positions: int | None) -> None:

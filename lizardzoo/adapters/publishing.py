@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import copy
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
-from transformers.initialization import no_init_weights
+from safetensors.torch import save_file
+from transformers import GenerationConfig, PreTrainedConfig
 
-from lizardzoo.adapters.limits import UNFIT, first_lines
+from lizardzoo.adapters.bases import base_hash, load_base
+from lizardzoo.adapters.fit import check_fit
 from lizardzoo.config import LINEARIZED
 from lizardzoo.errors import LizardzooError
 from lizardzoo.hub import Pushed, push_folder, write_card
-from lizardzoo.hub.difference import DIFFERENCE, Base, changed, difference_of, join, on_hub, weights_hash
+from lizardzoo.hub.difference import DIFFERENCE, Base, changed, difference_of, join, on_hub
+from lizardzoo.hub.low_rank import LOW_RANK, LowRank, low_rank_shapes, pack, read, write_updates
 from lizardzoo.hub.stub import auto_map, write_stub
 from lizardzoo.hub.weights import check_object, find_file, pinned, tensor_shapes, weight_files, where
 
@@ -32,9 +33,14 @@ class Published:
     config: Any
     published_classes: ClassVar[tuple[type, ...]] = ()
     """Config, base model and causal LM of the family; `register_adapter` sets it."""
+    low_rank_updates: Mapping[str, LowRank] = MappingProxyType({})
+    """What `lizardzoo.distill` merged into the base's weights, by name: a difference holds it instead of the weight."""
 
     def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
-        """As transformers', and beside it the stub by which the folder loads with trust_remote_code=True."""
+        """As transformers', and beside it the stub by which the folder loads with trust_remote_code=True.
+
+        Of a model that was finetuned here also low_rank.safetensors, by which a difference made later is small.
+        """
         push = kwargs.pop("push_to_hub", False)
         arguments: dict[str, Any] = {}
         if push:
@@ -48,6 +54,7 @@ class Published:
         saved = is_main_process and (Path(save_directory) / "config.json").is_file()  # an adapter alone has none
         if saved and self.published_classes:
             write_stub(save_directory, self.published_classes)
+            write_updates(save_directory, self.low_rank_updates)
         if push and is_main_process:
             push_folder(save_directory, token=kwargs.get("token"), **arguments)
 
@@ -60,6 +67,9 @@ class Published:
     ) -> None:
         """Save only what the base does not have, in difference.safetensors; loads by the same calls, base and all.
 
+        Projections that `lizardzoo.distill` merged LoRA into are saved as its factors, once it is seen that these give
+        back the very weights; every other weight that is not the base's is saved whole.
+
         Args:
             save_directory: gets config.json, generation_config.json, the stub and difference.safetensors.
             base: the Hub id of the model that this one was made from; `config.base_model_name_or_path` by default.
@@ -67,7 +77,7 @@ class Published:
             token: for a base that is not public.
 
         Raises:
-            LizardzooError: no base is known, or it is of another family. Nothing is written then.
+            LizardzooError: no base is known, or it is of another family, or no weight is its. Nothing is written then.
         """
         name = base or getattr(self.config, "base_model_name_or_path", None)
         if not on_hub(name):
@@ -75,18 +85,25 @@ class Published:
                 f"a difference names its base by its id on the Hub, and this model was made from {name!r}; pass base="
             )
         commit = pinned(str(name), revision=revision, token=token)["revision"]
-        teacher = _load_base(Base(str(name), commit, ""), self._base_type(), {"token": token})
-        found = Base(str(name), commit, _hash(teacher))
+        teacher = load_base(Base(str(name), commit, ""), self._base_type(), {"token": token})
+        found = Base(str(name), commit, base_hash(teacher))
         config = copy.deepcopy(self.config)
         setattr(config, DIFFERENCE, found.to_dict())
         difference_of(config)  # a revision that could not be loaded again is refused
-        tensors = changed(self.state_dict(), teacher.state_dict())  # type: ignore[attr-defined]
+        weights: Mapping[str, Any] = self.state_dict()  # type: ignore[attr-defined]
+        whole, updates = changed(weights, teacher.state_dict(), self.low_rank_updates)
+        if not weights.keys() - whole.keys():
+            raise LizardzooError(
+                f"not one weight of this model is that of {name} at {commit[:12]}, so a difference would hold all of "
+                f"it; name the base and the revision that it was made from, or publish the whole model"
+            )
+        factors, metadata = pack(updates)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         config.dtype = str(self.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
         config.architectures = [type(self).__name__]
         config.auto_map = auto_map(*self.published_classes)
-        save_file(tensors, folder / f"{DIFFERENCE}.safetensors", metadata={"format": "pt"})
+        save_file(whole | factors, folder / f"{DIFFERENCE}.safetensors", metadata=metadata)
         config.save_pretrained(folder)
         self.generation_config.save_pretrained(folder)  # type: ignore[attr-defined]
         write_stub(folder, self.published_classes)
@@ -98,6 +115,7 @@ class Published:
         tokenizer: Any = None,
         difference: bool = False,
         base: str | None = None,
+        base_revision: str | None = None,
         private: bool | None = None,
         token: str | bool | None = None,
         revision: str | None = None,
@@ -119,6 +137,7 @@ class Published:
             tokenizer: travels along.
             difference: publish only what differs from the base (see `save_difference`).
             base: the Hub id of the base model; `config.base_model_name_or_path` by default.
+            base_revision: for a difference, where the base has changed since: its commit or branch; main by default.
             private, token, revision, commit_message, commit_description, create_pr: as transformers'; private=True for
                 a repository that is public already is refused.
             max_shard_size: the largest weight file.
@@ -131,7 +150,7 @@ class Published:
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             if difference:
-                self.save_difference(folder, base, token=token)
+                self.save_difference(folder, base, base_revision, token)
             else:
                 self.save_pretrained(folder, max_shard_size=max_shard_size)
             if tokenizer is not None:
@@ -184,47 +203,30 @@ class Published:
         renamed = kwargs.get("key_mapping") or kwargs.get("ignore_mismatched_sizes")
         if not renamed and getattr(config, "quantization_config", None) is None:
             cls.check_fit(config, tensor_shapes(files), name)
-        return parent.from_pretrained(name, *args, **kwargs, **({} if "use_safetensors" in kwargs else SAFE))
+        loaded = parent.from_pretrained(name, *args, **kwargs, **({} if "use_safetensors" in kwargs else SAFE))
+        beside = Path(name) / (look.get("subfolder") or "") / LOW_RANK
+        if beside.is_file() and hasattr(cls, "base_model_class"):
+            _model_of(loaded).low_rank_updates = read(beside)[1]
+        return loaded
 
     @classmethod
     def check_fit(cls, config: Any, found: Mapping[str, Any], source: Any) -> None:
         """Refuse a causal LM whose file does not hold exactly its parameters, in their shapes."""
-        if not hasattr(cls, "base_model_class"):
-            return  # a base model may be read from a causal LM's file
-        indices = [int(match[1]) for name in found if (match := re.search(r"\.layers\.(\d+)\.", name))]
-        if indices and max(indices) + 1 != config.num_hidden_layers:  # before that many are built
-            raise LizardzooError(
-                f"the checkpoint {source} has {max(indices) + 1} layers, and its config.json says "
-                f"{config.num_hidden_layers}; save the whole model with save_pretrained, or correct the config"
-            )
-        config = copy.deepcopy(config)
-        try:
-            with torch.device("meta"), no_init_weights():
-                build: Any = cls
-                model = build(config)
-        except (*UNFIT, ImportError) as error:
-            if isinstance(error, LizardzooError):
-                raise
-            raise LizardzooError(f"the config of {source} describes no model: {first_lines(error)}") from error
-        expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-        refuse_misfit(
-            source,
-            missing=expected.keys() - found.keys() - tied,
-            unexpected=found.keys() - expected.keys(),
-            reshaped=[name for name in expected.keys() & found.keys() if expected[name] != tuple(found[name])],
-        )
+        if hasattr(cls, "base_model_class"):  # a base model may be read from a causal LM's file
+            check_fit(cls, config, found, source)
 
     @classmethod
     def _from_difference(cls, source: Any, base: Base, config: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         look = where(kwargs)
-        (file,) = weight_files(source, stem=DIFFERENCE, **look)
+        file, *more = weight_files(source, stem=DIFFERENCE, **look)
+        if more:
+            raise LizardzooError(f"{source} has its difference in {1 + len(more)} files, and one was expected")
         config = copy.deepcopy(config)
         delattr(config, DIFFERENCE)
-        shapes = tensor_shapes([file])
+        shapes = low_rank_shapes(tensor_shapes([file]), f"{file.name} of {source}")
         elsewhere = {name: value for name, value in look.items() if name not in ("revision", "subfolder")}
-        teacher = _load_base(base, cls._base_type(), elsewhere)
-        if _hash(teacher) != base.sha256:
+        teacher = load_base(base, cls._base_type(), elsewhere)
+        if base_hash(teacher) != base.sha256:
             raise LizardzooError(
                 f"{base.name} (revision {base.revision or 'main'}) is not the base that {source} was made to: its "
                 f"weights have another sha256 than {base.sha256[:12]}...; ask the author which revision it was"
@@ -232,7 +234,8 @@ class Published:
         tensors = teacher.state_dict()
         cls.check_fit(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()} | shapes, source)
         dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
-        joined = join(tensors, load_file(file), dtype)
+        whole, updates = read(file)
+        joined = join(tensors, whole, updates, dtype)
         wanted = kwargs.get("dtype", kwargs.get("torch_dtype"))
         rest = {
             name: value
@@ -243,7 +246,9 @@ class Published:
         loaded = parent.from_pretrained(
             None, *args, config=config, state_dict=joined, dtype=dtype if wanted in (None, "auto") else wanted, **rest
         )
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # with output_loading_info
+        model = _model_of(loaded)
+        if hasattr(cls, "base_model_class"):
+            model.low_rank_updates = updates
         model.config._name_or_path = model.name_or_path = str(source)
         if (generation := find_file(source, "generation_config.json", **look)) is not None:
             model.generation_config = GenerationConfig.from_pretrained(generation.parent)
@@ -257,36 +262,6 @@ class Published:
 SAFE = {"use_safetensors": True}
 
 
-def refuse_misfit(source: Any, *, missing: Any, unexpected: Any, reshaped: Any = ()) -> None:
-    """Raise the one error of a checkpoint whose parameters are not exactly the model's."""
-    problems = [
-        f"{len(names)} {what} (first: {sorted(map(str, names))[0]})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-        if names
-    ]
-    if problems:
-        raise LizardzooError(
-            f"the checkpoint {source} does not fit its config: parameters {', '.join(problems)}; "
-            f"save the whole model with save_pretrained, or correct `layers` in config.json"
-        )
-
-
-def _load_base(base: Base, model_type: str, look: Mapping[str, Any]) -> Any:
-    """The base, in its own dtype, if it is of that family."""
-    config = AutoConfig.from_pretrained(base.name, revision=base.revision, trust_remote_code=False, **look)
-    if config.model_type != model_type:
-        raise LizardzooError(
-            f"the base {base.name} is a {config.model_type!r} model, and this one was made from a {model_type!r} one; "
-            f"name the right base"
-        )
-    return AutoModelForCausalLM.from_pretrained(
-        base.name, revision=base.revision, dtype="auto", trust_remote_code=False, use_safetensors=True, **look
-    )
-
-
-def _hash(teacher: Any) -> str:
-    """Of a base's weights; a tied head is the embedding and is not counted again."""
-    tensors = dict(teacher.state_dict())
-    if teacher.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    return weights_hash(tensors)
+def _model_of(loaded: Any) -> Any:
+    """What from_pretrained gave, without output_loading_info."""
+    return loaded[0] if isinstance(loaded, tuple) else loaded

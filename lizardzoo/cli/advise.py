@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -148,6 +149,13 @@ def select_layers(
     _tell(found, file, as_json)
 
 
+class SizeField(str, Enum):
+    """Sizes that `select-windows` shares out."""
+
+    window = "window"
+    heavy = "heavy"
+
+
 @app.command("select-windows")
 def select_windows(
     model: Annotated[
@@ -161,7 +169,8 @@ def select_windows(
     layers: Annotated[
         str, typer.Option("--layers", "-l", help="The mixers of a teacher: a preset's name, or a .json or .py file.")
     ] = "recommended",
-    octaves: Annotated[int, typer.Option(min=1, help="How often a window may be halved or doubled.")] = 2,
+    field: Annotated[SizeField, typer.Option(help="What is shared out.")] = SizeField.window,
+    octaves: Annotated[int, typer.Option(min=1, help="How often a size may be halved or doubled.")] = 2,
     length: Annotated[int, typer.Option(help="Tokens per sequence; well beyond the windows.")] = 2048,
     limit: Annotated[int, typer.Option(min=1, help="Read only so many sequences.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 1,
@@ -169,7 +178,7 @@ def select_windows(
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
 ) -> None:
-    """Share the windows out among the layers at the same state, by KL to the teacher on a text.
+    """Share the windows (or heavy tokens) out among the layers at the same state, by KL to the teacher on a text.
 
     \b
       lizardzoo select-windows runs/first/transfer --text novel.txt \\
@@ -181,7 +190,7 @@ def select_windows(
     expected = None if teacher is None else load_model(teacher, dtype, device)
     with progress_bar("sequences", len(ids)) as progress:
         found = choose_windows(
-            subject, ids, layers=_mixers_for(subject, layers), teacher=expected, octaves=octaves,
+            subject, ids, layers=_mixers_for(subject, layers), teacher=expected, field=field.value, octaves=octaves,
             batch_size=batch_size, progress=progress,
         )  # fmt: skip
     _tell(found, file, as_json)

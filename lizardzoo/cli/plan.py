@@ -40,9 +40,9 @@ def _training(student: Any, recipe: Recipe) -> Any:
     lengths = dict.fromkeys((recipe.transfer.sequence_length, recipe.finetune.sequence_length))
     sizes = " and ".join(f"{length:,}" for length in lengths)
     title = f"training ({recipe.name}), one sequence of {sizes} tokens at a time, estimated"
-    table = make_table(title, "stage", "frozen weights", "what trains", "activations", "logits", "all")
+    table = make_table(title, "stage", "frozen weights", "what trains", "activations", "all")
     for row in training_memory(student, recipe):
-        parts = (row.weights, row.learning, row.activations, row.logits, row.total)
+        parts = (row.weights, row.learning, row.activations, row.total)
         table.add_row(row.option, *map(human_bytes, parts))
     table.caption = "sharded over N processes, each has an N-th of the frozen weights"
     return table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,9 +11,12 @@ import typer
 from rich.markup import escape
 
 from lizardzoo.cli.base import app, err, out
-from lizardzoo.cli.models import Dtype, load_model, load_tokenizer
-from lizardzoo.errors import LizardzooError
-from lizardzoo.hub import check_card, push_folder, read_card, write_card
+from lizardzoo.cli.models import Dtype, load_model
+from lizardzoo.hub import check_card, push_folder, write_card
+from lizardzoo.hub.card import is_by_hand
+from lizardzoo.hub.render import RECIPE
+from lizardzoo.hub.training import read_recipe
+from lizardzoo.hub.upload import published_files
 
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a linearized model.")]
 
@@ -76,6 +81,9 @@ def push(
         bool, typer.Option("--difference", help="Send only what differs from the base model, which the Hub has.")
     ] = False,
     base: Annotated[str | None, typer.Option(help="For --difference: its Hub id, where the config names none.")] = None,
+    base_revision: Annotated[
+        str | None, typer.Option(help="For --difference: its commit or branch, where main is another by now.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a README.md on the Hub written by hand.")] = False,
 ) -> None:
     """Publish a folder's model, tokenizer and card in one commit, as the account of `hf auth login`.
@@ -93,24 +101,28 @@ def push(
         "create_pr": pull_request,
         "force": force,
     }
-    own = folder / "README.md"
-    by_hand = own.is_file() and read_card(own.read_text(encoding="utf-8", errors="replace")).by_hand
-    if difference:
-        if by_hand:
-            raise LizardzooError(f"{own} was written by hand, and --difference writes a card of its own; move it away")
-        model = load_model(str(folder), Dtype.auto, device="cpu")
-        has_tokenizer = (folder / "tokenizer_config.json").is_file()
-        kept = {
-            name: path
-            for name, path in {"report": folder / "evaluation.json", "recipe": folder / "recipe.json"}.items()
-            if path.is_file()
-        }
-        tokenizer = load_tokenizer(str(folder)) if has_tokenizer else None
-        with err.status(f"sending {folder} to {repo}"):
-            done = model.push_to_hub(repo, tokenizer=tokenizer, difference=True, base=base, **kept, **given)
-    else:
-        with err.status(f"sending {folder} to {repo}"):
+    with err.status(f"sending {folder} to {repo}"):
+        if difference:
+            with tempfile.TemporaryDirectory() as made:
+                done = push_folder(_as_difference(folder, Path(made), base, base_revision), repo, **given)
+        else:
             done = push_folder(folder, repo, **given)
     if done.kept_readme:
         err.print("note: the README.md on the Hub was written by hand and stays; --force replaces it", soft_wrap=True)
     out.print(done.url, soft_wrap=True, highlight=False, markup=False)
+
+
+def _as_difference(folder: Path, made: Path, base: str | None, revision: str | None) -> Path:
+    """A copy of a folder in `made` whose weights are the difference; a card of ours says so, a person's stays."""
+    files = published_files(folder)
+    model = load_model(str(folder), Dtype.auto, device="cpu")
+    place = made / folder.resolve().name  # by which a recipe.json tells the stages
+    for path in files:
+        if path.suffix != ".safetensors" and not path.name.endswith(".safetensors.index.json"):
+            (place / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, place / path.relative_to(folder))
+    model.save_difference(place, base, revision)
+    recipe = folder / RECIPE
+    if not is_by_hand(place):
+        write_card(place, recipe=read_recipe(recipe if recipe.is_file() else None, folder))
+    return place

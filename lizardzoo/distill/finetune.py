@@ -16,7 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lizardzoo.adapters.base import is_new_parameter, softmax_mode
+from lizardzoo.adapters.attention import softmax_mode
+from lizardzoo.adapters.base import is_new_parameter
+from lizardzoo.distill.lora import check_targets, merge_lora, with_lora
 from lizardzoo.distill.processes import any_process, sharded
 from lizardzoo.distill.recipe import Finetune
 from lizardzoo.distill.trainer import (
@@ -26,7 +28,6 @@ from lizardzoo.distill.trainer import (
     last_checkpoint,
     training,
 )
-from lizardzoo.errors import LizardzooError
 
 Teacher: TypeAlias = "tuple[Tensor, nn.Linear] | None"
 
@@ -224,7 +225,6 @@ def finetune(
     torch.manual_seed(arguments.seed)  # LoRA's start is random
     with training(model, []):
         lora = with_lora(model, stage)
-        merged = False
         try:
             names = [name for name, p in model.named_parameters() if p.requires_grad or is_new_parameter(name)]
             with (
@@ -239,26 +239,10 @@ def finetune(
                 trainer.lora, trainer.teacher = working, reference
                 checkpoint = last_checkpoint(Path(arguments.output_dir))
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-            lora.merge_and_unload()
-            merged = True
+            model.low_rank_updates = {**model.low_rank_updates, **merge_lora(model)}
         finally:
             log.close()
-            if not merged:
-                lora.unload()
-
-
-def with_lora(model: Any, stage: Finetune) -> Any:
-    """peft's LoraModel around a model, which now has LoRA in its projections."""
-    from peft import LoraConfig, LoraModel
-
-    config = LoraConfig(
-        r=stage.lora_rank,
-        lora_alpha=stage.lora_alpha,
-        target_modules=list(stage.lora_targets),
-        exclude_modules=r".*\.self_attn\.mixer\..*",  # mixers train whole
-    )
-    # Not get_peft_model: its PeftModel meets deprecations of transformers 5.20, and renames parameters.
-    return LoraModel(model, config, "default")
+            lora.unload()
 
 
 @contextmanager
@@ -274,17 +258,3 @@ def _as_reference(teacher: Any, device: torch.device, shard: bool) -> Iterator[A
 def _placed(model: nn.Module, device: torch.device, shard: bool) -> AbstractContextManager[Any]:
     """A model where it is to compute: whole, or shared out among the processes."""
     return sharded(model, device) if shard else nullcontext(model.to(device))
-
-
-def check_targets(model: Any, stage: Finetune) -> None:
-    """Every LoRA target is a linear module of the decoder's layers."""
-    linear = {
-        name.rpartition(".")[2]
-        for name, module in model.get_decoder().layers.named_modules()
-        if isinstance(module, nn.Linear) and ".mixer." not in name
-    }
-    if unknown := [name for name in stage.lora_targets if name not in linear]:
-        raise LizardzooError(
-            f"lora_targets names {unknown[0]!r}, which is no linear module of the model's layers; "
-            f"there are: {', '.join(sorted(linear))}"
-        )

@@ -51,7 +51,7 @@ def run(
     if shard:
         check_shard(model)
     _check_folder(folder, resume)
-    from lizardzoo.distill.finetune import check_targets
+    from lizardzoo.distill.lora import check_targets
     from lizardzoo.distill.plots import plot
     from lizardzoo.distill.trainer import StepLog, training_arguments
 
@@ -269,4 +269,6 @@ def _remove_checkpoints(folder: Path) -> None:
 def _load_weights(model: Any, folder: Path) -> None:
     from lizardzoo.linearize import from_pretrained
 
-    model.load_state_dict(from_pretrained(folder).state_dict())
+    saved = from_pretrained(folder)
+    model.load_state_dict(saved.state_dict())
+    model.low_rank_updates = saved.low_rank_updates

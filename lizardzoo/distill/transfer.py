@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lizardzoo.adapters.base import is_new_parameter, softmax_mode
+from lizardzoo.adapters.attention import softmax_mode
+from lizardzoo.adapters.base import is_new_parameter
 from lizardzoo.distill.processes import sharded
 from lizardzoo.distill.recipe import Stage
 from lizardzoo.distill.trainer import StageTrainer, StepLog, last_checkpoint, training

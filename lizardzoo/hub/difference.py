@@ -1,8 +1,8 @@
 """A difference: what of a linearized model is not its base's, in one small file beside a config that names the base.
 
-`difference.safetensors` holds every tensor that the base does not have (the mixers') or has otherwise (projections that
-LoRA was merged into), as it is. Low-rank factors would be smaller, but a merge is rounded, and not everywhere alike:
-only the tensors themselves give back the model bit for bit.
+`difference.safetensors` holds every tensor that the base does not have (the mixers') or has otherwise. Projections that
+`lizardzoo.distill` merged LoRA into are held as its factors (`low_rank.py`), where these give back the matrix bit for
+bit; all else is held as it is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lizardzoo.errors import LizardzooError
+from lizardzoo.hub.low_rank import LowRank
 
 DIFFERENCE = "difference"
 """The key in config.json, and the stem of the file."""
@@ -75,20 +76,52 @@ def weights_hash(tensors: Mapping[str, Tensor]) -> str:
 
 
 @torch.no_grad()
-def changed(model: Mapping[str, Tensor], base: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What of `model` is not bit for bit `base` cast to its dtype; contiguous copies that share nothing."""
+def changed(
+    model: Mapping[str, Tensor], base: Mapping[str, Tensor], updates: Mapping[str, LowRank]
+) -> tuple[dict[str, Tensor], dict[str, LowRank]]:
+    """What of `model` is not bit for bit `base` cast to its dtype.
 
-    def same(name: str, tensor: Tensor) -> bool:
-        other = base.get(name)
+    Whole, as contiguous copies that share nothing; and those of the `updates` that are smaller and give it bit for bit.
+    """
+    whole, low_rank = {}, {}
+    for name, tensor in model.items():
+        other, update = base.get(name), updates.get(name)
         if other is None or other.shape != tensor.shape:
-            return False
-        cast = other.to(tensor)
-        return torch.equal(cast.contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
+            other = update = None
+        if other is not None and _same(other, tensor):
+            continue
+        if (
+            other is not None
+            and update is not None
+            and update.shape == other.shape
+            and update.is_smaller
+            and _same(update.merged(other), tensor)
+        ):
+            low_rank[name] = update
+        else:
+            whole[name] = tensor.detach().cpu().clone()
+    return whole, low_rank
 
-    return {name: tensor.detach().cpu().clone() for name, tensor in model.items() if not same(name, tensor)}
+
+def _same(base: Tensor, tensor: Tensor) -> bool:
+    cast = base.to(tensor)
+    return torch.equal(cast.contiguous().view(torch.uint8), tensor.contiguous().view(torch.uint8))
 
 
-def join(base: Mapping[str, Tensor], difference: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's tensors: the base's, cast as the model's are, and what differs."""
-    kept = {name: tensor.detach().to(dtype) for name, tensor in base.items() if name not in difference}
-    return {**kept, **difference}
+def join(
+    base: Mapping[str, Tensor], whole: Mapping[str, Tensor], updates: Mapping[str, LowRank], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """The model's tensors: the base's, cast as the model's are, and what differs.
+
+    Raises:
+        LizardzooError: an update of what the base does not have, or has in another shape.
+    """
+    joined = {name: tensor.detach().to(dtype) for name, tensor in base.items() if name not in whole}
+    for name, update in updates.items():
+        if name not in base or tuple(base[name].shape) != update.shape:
+            raise LizardzooError(
+                f"the difference has a low-rank update of {name} {list(update.shape)}, but its base has "
+                f"{f'it as {list(base[name].shape)}' if name in base else 'no such parameter'}; save it again"
+            )
+        joined[name] = update.merged(base[name]).to(dtype)
+    return {**joined, **whole}

@@ -18,11 +18,13 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 
 from lizardzoo.config import LINEARIZED
 from lizardzoo.errors import LizardzooError
-from lizardzoo.hub.card import README, read_card, render_card
+from lizardzoo.hub.card import README, is_by_hand, read_card
 from lizardzoo.hub.difference import DIFFERENCE, difference_of, on_hub
+from lizardzoo.hub.low_rank import LOW_RANK
+from lizardzoo.hub.render import render_card
 from lizardzoo.hub.weights import HTTP_ERROR, PICKLES, blob_hash, file_hash, tensor_shapes, weight_files
 
-NOT_SENT = ("*.part", "*.partial", "checkpoints/*", "runs/*")
+NOT_SENT = ("*.part", "*.partial", "checkpoints/*", "runs/*", LOW_RANK)
 REPLACED = ("*.safetensors", "*.safetensors.index.json")
 """Files of an earlier model that must not stay beside a new one: fewer shards, or a difference after a whole."""
 FAILURES: Any = (HTTP_ERROR, OSError, RuntimeError, ValueError)
@@ -66,7 +68,7 @@ def push_folder(
             left as it is, and the repository as it was.
     """
     folder = Path(folder)
-    files = _files(folder)
+    files = published_files(folder)
     _check(folder, files, token)
     api = HfApi(library_name="lizardzoo")
     try:
@@ -111,7 +113,7 @@ def push_folder(
             except FAILURES:
                 raise LizardzooError(
                     f"it cannot be seen whether {repo_id} was changed: {_line(error, token)}, and the Hub answers no "
-                    f"more; {folder} is whole, push again and only what is missing is sent"
+                    f"more; push again, and only what is missing is sent"
                 ) from error
             if now is None:
                 raise
@@ -122,7 +124,7 @@ def push_folder(
         raise
     except FAILURES as error:
         status = getattr(getattr(error, "response", None), "status_code", None)
-        way_out = f"{folder} is whole, push again and only what is missing is sent"
+        way_out = "push again, and only what is missing is sent"
         if status in (401, 403):
             way_out = "log in with `hf auth login`, or pass a token that may write there"
         raise LizardzooError(f"{repo_id} was not changed: {_line(error, token)}; {way_out}") from error
@@ -157,10 +159,7 @@ def _arrived(
 
 def _card(folder: Path, repo_id: str) -> str | None:
     """The folder's card under the name it now has; None where a person wrote it. The folder is left as it is."""
-    path = folder / README
-    if path.is_file() and read_card(path.read_text(encoding="utf-8", errors="replace")).by_hand:
-        return None
-    return render_card(folder, repo_id=repo_id).text
+    return None if is_by_hand(folder) else render_card(folder, repo_id=repo_id).text
 
 
 def _without_local_base(path: Path) -> bytes:
@@ -174,7 +173,7 @@ def _without_local_base(path: Path) -> bytes:
     return (json.dumps(config, indent=2, sort_keys=True) + "\n").encode()
 
 
-def _files(folder: Path) -> list[Path]:
+def published_files(folder: Path) -> list[Path]:
     """What is published: all files but hidden and unfinished ones."""
     if not folder.is_dir():
         raise LizardzooError(f"there is no folder {folder}; save the model first")

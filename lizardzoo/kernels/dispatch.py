@@ -31,17 +31,24 @@ TRITON_SIZES = {
     "window_attention": (256, False),
     "gated_linear_attention": (128, True),
     "hybrid_attention": (128, True),
+    "token_gates": (128, False),
     "heavy_attention": (256, False),
 }
-"""Largest head_dim and feature_dim of an op's Triton kernels, and whether they are powers of two; others take any."""
+"""Largest head_dim and feature_dim (or heads of a gate) of an op's Triton kernels, and whether they are `even_sizes`;
+others take any."""
+
+
+def even_sizes(sizes: Sequence[int]) -> bool:
+    """Powers of two and multiples of 16."""
+    return all(size % 16 == 0 or size & (size - 1) == 0 for size in sizes)
 
 
 def auto_on_cuda(op: str, sizes: Sequence[int]) -> str:
-    """What AUTO comes to on a CUDA device for an op with these head and feature dims, in words."""
-    largest, powers_of_2 = TRITON_SIZES.get(op, (max(sizes), False))
-    if max(sizes) <= largest and not (powers_of_2 and any(size & (size - 1) for size in sizes)):
+    """What AUTO comes to on a CUDA device for an op with these head and feature dims (or heads of a gate), in words."""
+    largest, even = TRITON_SIZES.get(op, (max(sizes), False))
+    if max(sizes) <= largest and (not even or even_sizes(sizes)):
         return "triton"
-    kind = "powers of two" if powers_of_2 else "sizes"
+    kind = "powers of two and multiples of 16" if even else "sizes"
     return f"refused: triton takes {kind} up to {largest}, not {', '.join(map(str, sizes))}; mixer.impl = 'reference'"
 
 

@@ -29,7 +29,10 @@ def unit_stride(x: Tensor) -> Tensor:
 
 def strides(*tensors: Tensor) -> tuple[int, ...]:
     """Of the first three axes, as kernels take them."""
-    return tuple(stride for x in tensors for stride in x.stride()[:3])
+    found: tuple[int, ...] = ()
+    for x in tensors:
+        found += x.stride()[:3]
+    return found
 
 
 def decisive(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -53,13 +56,13 @@ def launch(
             gave, and the value of every number that the kernel specializes. (Their alignment is looked at here.)
         constants: the kernel's compile-time arguments, in its own order, behind all others.
     """
-    device = next(x for x in pointers if x is not None).get_device()
+    device = (pointers[0] if pointers[0] is not None else next(x for x in pointers if x is not None)).get_device()
     if device >= 0 and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return launch(kernel, grid, form, pointers, numbers, constants, **options)
     # addresses in place of tensors: Triton would ask each for it, and the driver whether it lies on the device
     addresses = [None if x is None else x.data_ptr() for x in pointers]
-    aligned: Any = not reduce(or_, [x for x in addresses if x is not None]) % 16
+    aligned: Any = not reduce(or_, filter(None, addresses), 0) % 16
     if not aligned:
         aligned = tuple([x is None or x % 16 == 0 for x in addresses])
     key = (id(kernel), device, form, aligned, *constants.values(), *options.values())

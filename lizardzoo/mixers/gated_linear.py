@@ -11,6 +11,7 @@ from lizardzoo.config import register_mixer
 from lizardzoo.kernels import GatedLinearState
 from lizardzoo.mixers.base import AttentionShape, MixerInputs
 from lizardzoo.mixers.branches import LinearBranch, LinearFields, OneBranch
+from lizardzoo.mixers.gates import kernels as gate_kernels
 from lizardzoo.mixers.merge import Branch, unnormalized
 
 
@@ -42,8 +43,9 @@ class GatedLinearMixer(OneBranch):
 
     @property
     def kernels(self) -> dict[str, tuple[int, ...]]:
-        rotates = {"rotate": (self.shape.head_dim,)} if self.spec.feature_rope else {}
-        return rotates | {"gated_linear_attention": (self.shape.head_dim, self.linear.feature_dim)}
+        before: dict[str, tuple[int, ...]] = {"rotate": (self.shape.head_dim,)} if self.spec.feature_rope else {}
+        before |= gate_kernels([self.linear.decay, self.linear.input_gate])
+        return before | {"gated_linear_attention": (self.shape.head_dim, self.linear.feature_dim)}
 
     def branches(
         self, inputs: MixerInputs, state: GatedLinearState | None, need_state: bool, in_place: bool = False

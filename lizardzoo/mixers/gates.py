@@ -55,3 +55,9 @@ def evaluate(x: Tensor, gates: Sequence[TokenGate | None], impl: Impl | str = Im
         None if parts is None else parts[1].expand(*x.shape[:2], -1) if parts[0] is None else next(values)
         for parts in found
     ]
+
+
+def kernels(gates: Sequence[TokenGate | None]) -> dict[str, tuple[int, ...]]:
+    """The op that evaluates gates which read the layer's input, and the heads of each; see `Mixer.kernels`."""
+    heads = tuple(gate.bias.shape[0] for gate in gates if gate is not None and gate.weight is not None)
+    return {"token_gates": heads} if heads else {}

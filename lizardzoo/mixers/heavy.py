@@ -26,13 +26,17 @@ class Heavy(WindowFields):
 
     Attributes:
         heavy: tokens behind the window that are held, chosen by each key head for itself.
+        half_life: tokens in which what a token drew counts half as much as what later ones do; None: it never fades.
     """
 
     heavy: int = 128
+    half_life: int | None = 256
 
     def validate(self) -> None:
         super().validate()
         self.require(1 <= self.heavy <= MAX_SIZE, "heavy", f"from 1 to {MAX_SIZE}")
+        if self.half_life is not None:
+            self.require(1 <= self.half_life <= MAX_SIZE, "half_life", f"from 1 to {MAX_SIZE}, or None")
 
     @property
     def exact_within(self) -> int:
@@ -70,8 +74,8 @@ class HeavyMixer(Mixer):
             return super().step_(inputs, state)
         q, k = inputs.rotated(self.impl) if self.spec.window_rope else (inputs.q, inputs.k)
         y, *_ = window_and_heavy_step(
-            q, k, inputs.v, *state, keep=self.spec.keep, sinks=self.window.sinks, scale=self.shape.scale,
-            mask=inputs.mask, in_place=True, impl=self.impl,
+            q, k, inputs.v, *state, keep=self.spec.keep, half_life=self.spec.half_life, sinks=self.window.sinks,
+            scale=self.shape.scale, mask=inputs.mask, in_place=True, impl=self.impl,
         )  # fmt: skip
         return y
 
@@ -84,14 +88,14 @@ class HeavyMixer(Mixer):
         near, window_state = self.window(spec, inputs, (q, k), past, need_state, self.impl)
         if past is not None and held is not None and inputs.starts is None and q.shape[1] == 1:
             y, log_mass, held = heavy_attention_step(
-                q, k, inputs.v, near.log_mass, past, held, keep=spec.keep, scale=self.shape.scale, mask=inputs.mask,
-                impl=self.impl,
+                q, k, inputs.v, near.log_mass, past, held, keep=spec.keep, half_life=spec.half_life,
+                scale=self.shape.scale, mask=inputs.mask, impl=self.impl,
             )  # fmt: skip
         else:
             y, log_mass, held = heavy_attention(
                 q, k, inputs.v, near.log_mass, window=spec.window, heavy=spec.heavy, keep=spec.keep,
-                scale=self.shape.scale, mask=inputs.mask, starts=inputs.starts, past=past, state=held,
-                return_state=need_state, impl=self.impl,
+                half_life=spec.half_life, scale=self.shape.scale, mask=inputs.mask, starts=inputs.starts, past=past,
+                state=held, return_state=need_state, impl=self.impl,
             )  # fmt: skip
         branches = {"window": near, "heavy": Branch(y, log_mass)}
         if window_state is None or held is None:

@@ -16,6 +16,7 @@ from lizardzoo.kernels.hybrid import share
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs, start_value
 from lizardzoo.mixers.branches import LinearBranch, LinearFields, WindowBranch, WindowFields
 from lizardzoo.mixers.gates import TokenGate, evaluate
+from lizardzoo.mixers.gates import kernels as gate_kernels
 from lizardzoo.mixers.merge import Branch, Merge, joint, unnormalized
 
 LOG_SCALE_START = -2.0
@@ -83,10 +84,11 @@ class HybridMixer(Mixer):
     @property
     def kernels(self) -> dict[str, tuple[int, ...]]:
         head, both = (self.shape.head_dim,), (self.shape.head_dim, self.linear.feature_dim)
-        rotates = {"rotate": head} if self.spec.window_rope or self.spec.feature_rope else {}
+        before: dict[str, tuple[int, ...]] = {"rotate": head} if self.spec.window_rope or self.spec.feature_rope else {}
+        before |= gate_kernels(self._gates())
         if self._fused():
-            return rotates | {"hybrid_attention": both}
-        return rotates | {"window_attention": head, "gated_linear_attention": both}
+            return before | {"hybrid_attention": both}
+        return before | {"window_attention": head, "gated_linear_attention": both}
 
     def forward(
         self, inputs: MixerInputs, state: HybridState | None = None, need_state: bool = False
@@ -95,11 +97,12 @@ class HybridMixer(Mixer):
         if not self._fused():
             return super().forward(inputs, state, need_state)
         if state is not None and inputs.starts is None and inputs.q.shape[1] == 1:
-            y, _, state = hybrid_attention_step(**self._arguments(inputs), state=state)
+            y, _, state = hybrid_attention_step(**self._step_arguments(inputs), state=state)
         else:
+            arguments = self._arguments(inputs, *self._queries_and_keys(inputs))
             y, _, state = hybrid_attention(
-                **self._arguments(inputs), window=self.spec.window, lag=self._lag_and_skip()[0], starts=inputs.starts,
-                state=state, return_state=need_state,
+                **arguments, window=self.spec.window, lag=self._lag_and_skip()[0], starts=inputs.starts, state=state,
+                return_state=need_state,
             )  # fmt: skip
         return y, state
 
@@ -107,17 +110,27 @@ class HybridMixer(Mixer):
     def step_(self, inputs: MixerInputs, state: HybridState) -> Tensor:
         if not self._fused() or inputs.starts is not None:
             return super().step_(inputs, state)
-        y, *_ = hybrid_attention_step(**self._arguments(inputs), state=state, in_place=True)
+        y, *_ = hybrid_attention_step(**self._step_arguments(inputs), state=state, in_place=True)
         return y
 
     def _fused(self) -> bool:
         return self.spec.merge == "joint" and not self.switched_off
 
-    def _arguments(self, inputs: MixerInputs) -> dict[str, Any]:
-        """What `hybrid_attention` and its step take."""
-        window, (q, k) = self._queries_and_keys(inputs)
-        gates = [self.linear.decay, self.linear.input_gate, self.log_scale]  # x is read once for all
-        log_decay, log_input, log_scale = evaluate(inputs.x, gates, self.impl)
+    def _gates(self) -> list[TokenGate | None]:
+        return [self.linear.decay, self.linear.input_gate, self.log_scale]
+
+    def _step_arguments(self, inputs: MixerInputs) -> dict[str, Any]:
+        """What a step of `hybrid_attention` takes: it rotates by itself where only the window wants it."""
+        if not self.spec.window_rope or self.spec.feature_rope:
+            return self._arguments(inputs, *self._queries_and_keys(inputs))
+        return self._arguments(inputs, None, (inputs.q, inputs.k)) | {"rope": (inputs.cos, inputs.sin)}
+
+    def _arguments(
+        self, inputs: MixerInputs, window: tuple[Tensor, Tensor] | None, features: tuple[Tensor, Tensor]
+    ) -> dict[str, Any]:
+        """What `hybrid_attention` and its step take, from q and k of either branch."""
+        q, k = features
+        log_decay, log_input, log_scale = evaluate(inputs.x, self._gates(), self.impl)  # x is read once for all
         return {
             "q": q,
             "k": k,

@@ -1,4 +1,4 @@
-"""How wide each layer's window should be, where all together may have no more state than one size for all.
+"""How wide each layer's window should be, or how many heavy tokens it holds, at no more state than one size for all.
 
     layers = lz.select_windows(student, evaluate.sequences("novel.txt", tokenizer, limit=8))
     student = lz.linearize(teacher, layers)     # or student.set_window(layers.windows): a window is a run-time choice
@@ -21,12 +21,15 @@ from lizardzoo.config import SpecLike
 from lizardzoo.errors import LizardzooError
 from lizardzoo.evaluate.ablation import mixers_of
 from lizardzoo.evaluate.positions import Progress, Run
-from lizardzoo.mixers.branches import WindowFields
 from lizardzoo.selection.chosen import Chosen
 from lizardzoo.selection.kl import Text, student_and_goal
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+
+NAMES = {"window": ("a window", "windows"), "heavy": ("heavy tokens", "numbers of heavy tokens")}
+"""The fields that can be shared out, in words."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +38,24 @@ class WindowSelection(Chosen):
 
     Attributes:
         layers: one spec per layer.
-        windows: the window of each layer that has one, for `set_window`.
+        windows: the window of each layer that has one, for `set_window`; or its heavy tokens.
         kl: the KL to the teacher with these windows, in nats per token.
         kl_before: the same with those the model had.
         kl_alone: by layer and window, the KL where only that layer has that window.
+        field: what was shared out, "window" or "heavy".
     """
 
     windows: list[int]
     kl: float
     kl_before: float
     kl_alone: dict[int, dict[int, float]]
+    field: str = "window"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON has them (keys of `kl_alone` are strings there)."""
         return {
             "layers": [spec.to_dict() for spec in self.layers],
+            "field": self.field,
             "windows": self.windows,
             "kl": self.kl,
             "kl_before": self.kl_before,
@@ -60,11 +66,12 @@ class WindowSelection(Chosen):
         """Every layer's KL by window, the chosen one marked."""
         from rich.table import Table
 
-        table = Table(title=f"KL to the teacher: {self.kl_before:.4f} before, {self.kl:.4f} with the chosen windows")
+        after = f"{self.kl:.4f} with the chosen {NAMES[self.field][1]}"
+        table = Table(title=f"KL to the teacher: {self.kl_before:.4f} before, {after}")
         table.add_column("layer", justify="right")
         sizes = sorted({window for each in self.kl_alone.values() for window in each})
         for size in sizes:
-            table.add_column(f"window {size}", justify="right")
+            table.add_column(f"{self.field} {size}", justify="right")
         for (layer, each), chosen in zip(self.kl_alone.items(), self.windows):
             cells = [f"{each[size]:.4f}" if size in each else "" for size in sizes]
             marked = [f"[bold]{cell} *[/]" if size == chosen else cell for size, cell in zip(sizes, cells)]
@@ -78,6 +85,7 @@ def select_windows(
     *,
     layers: SpecLike | Sequence[SpecLike] = "recommended",
     teacher: Any = None,
+    field: str = "window",
     octaves: int = 2,
     batch_size: int = 1,
     progress: Progress | None = None,
@@ -94,6 +102,7 @@ def select_windows(
         sequences: [N, T] token ids of real text; T well beyond the widest window that is tried.
         layers: the mixers of a model that is a teacher.
         teacher: what KL is measured from; as for `select_layers`.
+        field: what is shared out: "window", or "heavy", the tokens that a layer's `Heavy` mixer holds.
         octaves: 2 tries a quarter, half, double and four times the window.
         batch_size: sequences per forward.
         progress: called with the sequences done and their number, over both rounds.
@@ -106,26 +115,28 @@ def select_windows(
             halved so often; what `lizardzoo.linearize` and `lizardzoo.evaluate.by_position` raise.
     """
     student, goal = student_and_goal(model, sequences, layers, teacher)
-    windows = {i: m.spec.window for i, m in mixers_of(student).items() if isinstance(m.spec, WindowFields)}
+    if field not in NAMES:
+        raise LizardzooError(f"field={field!r}: expected 'window' or 'heavy', a size that mixers have")
+    windows = {i: getattr(m.spec, field) for i, m in mixers_of(student).items() if hasattr(m.spec, field)}
     if len(windows) < 2 or len(set(windows.values())) > 1:
-        found = (
-            f"windows of {sorted(set(windows.values()))} tokens" if len(windows) > 1 else f"{len(windows)} window(s)"
-        )
+        one, many = NAMES[field]
+        sizes_there = f"{many} of {sorted(set(windows.values()))} tokens"
+        found = sizes_there if len(windows) > 1 else f"{len(windows)} layer(s) with {one}"
         raise LizardzooError(
-            f"sharing windows out needs two layers or more that have one, all of one size; the model has {found}"
+            f"sharing {many} out needs two layers or more with {one}, all of one size; the model has {found}"
         )
     window = next(iter(windows.values()))
     if not isinstance(octaves, int) or isinstance(octaves, bool) or octaves < 1 or window % 2**octaves:
         raise LizardzooError(
-            f"octaves must be a whole number of at least 1, and the window a multiple of 2 ** octaves; "
-            f"got octaves={octaves!r} and window={window}"
+            f"octaves must be a whole number of at least 1, and the {field} a multiple of 2 ** octaves; "
+            f"got octaves={octaves!r} and {field}={window}"
         )
     unit = window // 2**octaves
     sizes = [unit * 2**n for n in range(2 * octaves + 1)]
     text = Text(sequences, goal, batch_size, 2, progress)
 
     def run(changed: Mapping[int, int]) -> Run:
-        return Run(student, partial(windows_of, student, dict(changed)))
+        return Run(student, partial(sizes_of, student, field, dict(changed)))
 
     alone = [(index, size) for index in windows for size in sizes if size != window]
     before, *kls = text.kls([run({}), *(run({index: size}) for index, size in alone)])
@@ -141,10 +152,10 @@ def select_windows(
     together = text.kls([run(candidate) for candidate in candidates])
     kl, chosen = min(zip(together, candidates), key=lambda pair: pair[0])
     specs = [
-        replace(spec, window=chosen[index]) if isinstance(spec, WindowFields) and index in chosen else spec
+        replace(spec, **{field: chosen[index]}) if index in chosen else spec
         for index, spec in enumerate(student.config.specs)
     ]
-    return WindowSelection(specs, list(chosen.values()), kl, before, kl_alone)
+    return WindowSelection(specs, list(chosen.values()), kl, before, kl_alone, field)
 
 
 def share_out(costs: Sequence[Sequence[float]], sizes: Sequence[int], budget: int) -> list[int]:
@@ -165,12 +176,12 @@ def share_out(costs: Sequence[Sequence[float]], sizes: Sequence[int], budget: in
 
 
 @contextmanager
-def windows_of(model: Any, windows: Mapping[int, int]) -> Iterator[None]:
-    """Inside, these layers have these windows; the config goes unchanged."""
+def sizes_of(model: Any, field: str, sizes: Mapping[int, int]) -> Iterator[None]:
+    """Inside, these layers have these sizes; the config goes unchanged."""
     mixers = mixers_of(model)
-    before = {index: mixers[index].spec for index in windows}
-    for index, window in windows.items():
-        mixers[index].spec = replace(before[index], window=window)
+    before = {index: mixers[index].spec for index in sizes}
+    for index, size in sizes.items():
+        mixers[index].spec = replace(before[index], **{field: size})
     try:
         yield
     finally:

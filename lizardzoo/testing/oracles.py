@@ -135,6 +135,7 @@ def heavy_oracle(
     window: int,
     heavy: int,
     keep: int = 0,
+    half_life: float | None = None,
     scale: float | None = None,
     mask: Tensor | None = None,
     starts: Tensor | None = None,
@@ -155,8 +156,10 @@ def heavy_oracle(
                 for t in set(older[i]) & set(near[i]):
                     weights = (scores(b, h, i, [t]) - log_mass[b, i, h] for h in queries)
                     drawn[t] = drawn.get(t, 0.0) + sum((2 * w).exp().item() for w in weights)
-            best = [sorted(each, key=lambda t: (drawn.get(t, 0.0), t))[-heavy:] for each in candidates]
-            seen.append(best)
+            whole = visible_pairs(mask, starts, b)
+            growth = 1.0 if half_life is None else 2 ** (1 / half_life)
+            score = {t: max(drawn.get(t, 0.0), 2.0**-100) * growth ** len(whole[t]) for t in range(q.shape[1])}
+            seen.append([sorted(each, key=lambda t: (score[t], t))[-heavy:] for each in candidates])
         own_q, own_k, own_v = q[:, :, queries.start : queries.stop], k[:, :, [head]], v[:, :, [head]]
         found.append(_attend(own_q, own_v, seen, _softmax_scores(own_q, own_k, scale), None))
     return torch.cat([y for y, _ in found], 2), torch.cat([m for _, m in found], 2)

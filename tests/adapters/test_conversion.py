@@ -59,6 +59,12 @@ def test_another_window_needs_no_new_weights(tiny_llama: Any, tmp_path: Path) ->
     assert distance(model(ids).logits, plain(ids).logits) < 1e-5
     with pytest.raises(LizardzooError, match="2 layers with a window, got 3"):
         model.set_window([1, 2, 3])
+    for wrong in (1.5, None, "8", torch.tensor(8), [4, 0], [4, 1.5]):
+        with pytest.raises(LizardzooError, match="window"):
+            model.set_window(wrong)
+    assert [getattr(spec, "window", None) for spec in model.config.specs] == [60, None, 60]
+    with pytest.raises(LizardzooError, match=r"set_window\(8\): no layer of this model has a window"):
+        lz.linearize(tiny_llama, "gated-linear").set_window(8)
 
 
 def test_calibration_brings_each_layer_closer_to_the_teacher(tiny_llama: Any) -> None:

@@ -103,6 +103,11 @@ def test_weights_of_other_shapes_are_refused(tmp_path: Path) -> None:
         lz.linearize(file)
 
 
+def test_a_folder_may_be_named_as_a_file_is(tmp_path: Path) -> None:
+    lz.linearize(teacher("qwen2"), LAYERS).save_pretrained(tmp_path / "student.gguf")
+    assert lz.from_pretrained(tmp_path / "student.gguf").config.specs == LAYERS
+
+
 def test_a_file_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(LizardzooError, match="there is no GGUF file"):
         lz.linearize(tmp_path / "no.gguf")

@@ -56,6 +56,21 @@ def recipe():
 
 
 @pytest.fixture
+def pictures():
+    """For a test that looks at a run's pictures; they take half of its time, so the others go without."""
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request):
+    from lizardzoo.distill import plots
+
+    with pytest.MonkeyPatch.context() as patch:
+        if "pictures" not in request.fixturenames:
+            patch.setattr(plots, "plot", lambda folder: None)
+        yield
+
+
+@pytest.fixture
 def train(student, texts, recipe, tiny_tokenizer, tmp_path):
     """`distill` with everything tiny; arguments may be replaced. `train.log(stage)` reads what it logged."""
     defaults = {"tokenizer": tiny_tokenizer, "data": texts, "recipe": recipe, "progress": False}

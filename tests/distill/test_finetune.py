@@ -1,5 +1,6 @@
 """Stage 2: the sliced loss is the plain one, the base is its own teacher, merging leaves a plain model."""
 
+import copy
 import dataclasses
 
 import pytest
@@ -11,7 +12,9 @@ from torch import nn
 
 import lizardzoo as lz
 from lizardzoo.adapters.base import is_new_parameter
+from lizardzoo.distill import finetune as stage_2
 from lizardzoo.distill.finetune import FinetuneTrainer, last_hidden_states, logit_losses, next_tokens
+from lizardzoo.distill.lora import merge_lora
 from lizardzoo.distill.trainer import NonFiniteError
 from lizardzoo.errors import LizardzooError
 
@@ -122,13 +125,12 @@ def test_stage_2_brings_the_student_closer_to_its_teacher_and_merges_to_a_plain_
 ):
     seen = {}
 
-    def merge(self):
+    def merge(model):
         with torch.no_grad():
             seen["logits"] = student(batch).logits
-        return original(self)
+        return merge_lora(model)
 
-    original = LoraModel.merge_and_unload
-    monkeypatch.setattr(LoraModel, "merge_and_unload", merge)
+    monkeypatch.setattr(stage_2, "merge_lora", merge)
     before = {name: value.clone() for name, value in student.state_dict().items()}
     first = kl_on(batch, student, tiny_llama)
     flags = [parameter.requires_grad for parameter in student.parameters()]
@@ -150,6 +152,22 @@ def test_stage_2_brings_the_student_closer_to_its_teacher_and_merges_to_a_plain_
     assert [parameter.requires_grad for parameter in student.parameters()] == flags
     assert not student.training
     assert student.config.use_cache
+
+
+def test_the_merge_is_pefts_up_to_rounding(student):
+    expected = copy.deepcopy(student)
+    for model in (student, expected):
+        torch.manual_seed(3)
+        lora = with_random_lora(model)
+        if model is expected:
+            lora.merge_and_unload()
+        else:
+            updates = merge_lora(model)
+            lora.unload()
+    assert updates.keys() == {
+        name for name in student.state_dict() if name.endswith(("q_proj.weight", "o_proj.weight"))
+    }
+    torch.testing.assert_close(student.state_dict(), expected.state_dict(), atol=1e-5, rtol=1e-5)
 
 
 def test_cross_entropy_alone_needs_no_teacher(train, recipe):

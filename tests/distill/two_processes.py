@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import gc
 import json
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ class Interrupted(Exception):
 
 def main(folder: Path) -> None:
     """Every run, one after the other; what is not in their folders goes to found<RANK>.json."""
+    gc.freeze()  # the trainers collect after each run, through all modules
     tokenizer = AutoTokenizer.from_pretrained(folder / "student")
     data, recipe = (json.loads((folder / f"{name}.json").read_text()) for name in ("texts", "recipe"))
 

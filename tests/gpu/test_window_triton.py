@@ -261,7 +261,7 @@ def test_a_new_length_or_window_compiles_nothing() -> None:
         results((y, log_mass), inputs)
 
     def compiled() -> int:
-        names = ("forward_kernel", "query_gradient_kernel", "kept_gradient_kernel", "key_gradient_kernel")
+        names = ("forward_kernel", "query_gradient_kernel", "sum_parts_kernel", "key_gradient_kernel")
         return sum(len(cache[0]) for name in names for cache in getattr(kernels, name).device_caches.values())
 
     run(1000, 128, 4)

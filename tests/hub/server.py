@@ -170,6 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     hub: LoopbackHub
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else a body waits 40 ms for the acknowledgement of its headers
     fault: Fault | None = None
     body = b""
 

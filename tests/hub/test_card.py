@@ -11,59 +11,22 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from typer.testing import CliRunner
 
 import lizardzoo as lz
 from lizardzoo import LizardzooError
-from lizardzoo.cli import app
 from lizardzoo.distill.recipe import RECIPES
 from lizardzoo.hub import check_card, push_folder, read_card, write_card
+from tests.hub.conftest import command, refused
 from tests.hub.server import LoopbackHub
 
-TEXT = "The lizard lay on the warm stone, and it lost its tail to the cat that had come for it. " * 60
-TASKS = {
-    "student": {"tails": {"acc,none": 0.4321, "acc_stderr,none": 0.01}},
-    "teacher": {"tails": {"acc,none": 0.5}},
-}
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OWN = "# My lizard\n\nWritten with care.\n"
 
 
-def command(*arguments: Any) -> str:
-    """What a command says, all of it; it must succeed."""
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
-    assert result.exit_code == 0, result.output + repr(result.exception)
-    return result.output
-
-
-def refused(*arguments: Any) -> str:
-    """What a command says that fails."""
-    result = CliRunner().invoke(app, [str(each) for each in arguments])
-    assert result.exit_code == 1
-    return " ".join(result.output.split())
-
-
-@pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
-    """A run's folder: student/ as converted, report/report.json of it; read it, never write into it."""
-    home = tmp_path_factory.mktemp("measured")
-    layers = home / "layers.json"
-    layers.write_text(json.dumps([{"type": "hybrid", "window": 8}, "softmax", "gated-linear"]))
-    command("linearize", tiny_folder, "--layers", layers, "--out", home / "student")
-    (home / "text.txt").write_text(TEXT)
-    command(
-        "eval", home / "student", "-t", tiny_folder, "--text", home / "text.txt", "--length", 64, "--limit", 2,
-        "--window", 8, "--ablate", "--distances", "8,32", "--samples", 2, "--out", home / "report",
-    )  # fmt: skip
-    path = home / "report" / "report.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"tasks": TASKS}))
-    return home
-
-
 @pytest.fixture
 def student(measured: Path, tmp_path: Path) -> Path:
-    """A copy of the student."""
-    return Path(shutil.copytree(measured / "student", tmp_path / "student"))
+    """A copy of what was distilled and measured."""
+    return Path(shutil.copytree(measured / "run" / "final", tmp_path / "student"))
 
 
 def figures(report: dict[str, Any], name: str) -> list[float]:
@@ -77,7 +40,7 @@ def figures(report: dict[str, Any], name: str) -> list[float]:
     for row in report["retrieval"]["rows"]:
         if row["name"] == name:
             found += [point["accuracy"] for point in row["points"]]
-    return [*found, report["tasks"][name]["tails"]["acc,none"]]
+    return found + [report["tasks"][name]["questions"][f"{metric},none"] for metric in ("acc", "acc_norm")]
 
 
 def cells(text: str, name: str) -> list[str]:
@@ -92,7 +55,7 @@ def test_every_figure_is_the_reports(measured: Path, student: Path) -> None:
     report = json.loads((measured / "report" / "report.json").read_text())
     write_card(student, report=measured / "report" / "report.json", repo_id="me/student", license="mit", base="o/b")
     card = ModelCard.load(student / "README.md")
-    assert [result.metric_value for result in card.data.eval_results] == figures(report, "student")
+    assert [result.metric_value for result in card.data.eval_results] == figures(report, "final")
     assert card.data.model_name == "student"
     positions = report["positions"]["text.txt"]["rows"]
     names = [row["name"] for row in positions]
@@ -109,10 +72,15 @@ def test_every_figure_is_the_reports(measured: Path, student: Path) -> None:
             assert f"{row['memory']['2048'] / 2**20:,.1f} MiB" in shown
     for row in report["retrieval"]["rows"]:
         assert all(f"{point['accuracy']:.4f}" in cells(card.text, row["name"]) for point in row["points"])
-    assert "| tails | acc | 0.4321 | 0.5000 |" in card.text
+    scores = report["tasks"]
+    names = [name for name in scores if name in ("teacher", "final") or "without" in name]
+    assert len(names) == len(scores) == 4
+    for metric in ("acc", "acc_norm"):
+        values = " | ".join(f"{scores[name]['questions'][f'{metric},none']:.4f}" for name in names)
+        assert f"| questions | {metric} | {values} |" in card.text
     beside = json.loads((student / "evaluation.json").read_text())
-    assert beside["row"] == "student"
-    assert figures(beside, "student") == figures(report, "student")
+    assert beside["row"] == "final"
+    assert figures(beside, "final") == figures(report, "final")
     assert str(measured) not in (student / "evaluation.json").read_text() + card.content  # whose paths are nobody's
     assert check_card(card.content) == []
 
@@ -228,7 +196,7 @@ def test_names_cannot_write_the_card(measured: Path, student: Path) -> None:
     report = json.loads((measured / "report" / "report.json").read_text().replace("text.txt", "PLACE"))
     report = {**report, "positions": {HOSTILE: report["positions"]["PLACE"]}, "versions": {HOSTILE: HOSTILE}}
     recipe = {**RECIPES["recommended"].to_dict(), "name": HOSTILE}
-    text = write_card(student, report=report, row="student", recipe=recipe, datasets=[HOSTILE]).read_text()
+    text = write_card(student, report=report, row="final", recipe=recipe, datasets=[HOSTILE]).read_text()
     assert "\n## Free money" not in read_card(text).body
     assert HOSTILE not in read_card(text).body
     assert not read_card(text).by_hand

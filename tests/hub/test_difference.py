@@ -15,10 +15,11 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import lizardzoo as lz
 from lizardzoo import LizardzooError
-from tests.adapters.families import teacher
+from tests.adapters.families import FAMILIES, teacher
+from tests.hub.conftest import command
 from tests.hub.server import LoopbackHub
-from tests.hub.test_card import command
-from tests.hub.test_round_trip import FAMILIES, FRESH, IDS, MIXED, downloads, logits
+from tests.hub.test_round_trip import IDS, MIXED, downloads, logits
+from tests.hub.test_strangers import Largest
 
 TIED = "qwen2, sliding above, tied"
 BASES = [*FAMILIES, TIED]
@@ -61,8 +62,9 @@ def names(content: bytes, tmp_path: Path) -> set[str]:
         return set(file.keys())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("family", BASES)
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((family, torch.bfloat16) for family in BASES), ("llama", torch.float32)], ids=str
+)
 @pytest.mark.usefixtures("base")
 def test_base_and_difference_are_the_model(hub: LoopbackHub, tmp_path: Path, family: str, dtype: torch.dtype) -> None:
     hub.put("org/tiny", saved(teacher(family), dtype))
@@ -89,16 +91,6 @@ def test_base_and_difference_are_the_model(hub: LoopbackHub, tmp_path: Path, fam
     assert torch.equal(logits(lz.from_pretrained(tmp_path / "whole")), logits(model))
 
 
-def test_a_fresh_process_gets_both_through_the_stub(
-    hub: LoopbackHub, base: str, fresh_process: Any, tmp_path: Path
-) -> None:
-    model = trained(base)
-    model.push_to_hub("alice/llama", difference=True)
-    fresh_process(FRESH.format(import_="", trust=", trust_remote_code=True", folder=tmp_path, families=["llama"]))
-    assert torch.equal(torch.load(tmp_path / "llama"), logits(model))
-    assert {path.name for path in (tmp_path / "again-llama").glob("*.py")} == {"modeling_lizardzoo.py"}
-
-
 def test_the_base_is_the_very_one(hub: LoopbackHub, base: str) -> None:
     model = trained(base)
     model.push_to_hub("alice/m", difference=True)
@@ -106,10 +98,17 @@ def test_the_base_is_the_very_one(hub: LoopbackHub, base: str) -> None:
     other = lz.linearize(teacher("llama"), "softmax")
     with torch.no_grad():
         other.model.norm.weight.mul_(1.001)
+        for parameter in other.parameters():
+            parameter.add_(0.01)
     changed = saved(teacher("llama")) | {"model.safetensors": saved(other)["model.safetensors"]}
     hub.put(base, changed)  # its author goes on
     assert json.loads(files["config.json"])["difference"]["revision"] == first
     assert torch.equal(logits(lz.from_pretrained("alice/m")), logits(model))  # to the commit it was made to
+    with pytest.raises(LizardzooError, match="not one weight of this model is that of org/base at"):
+        model.push_to_hub("alice/n", difference=True)
+    assert "alice/n" not in hub.repos
+    model.push_to_hub("alice/n", difference=True, base_revision=first)
+    assert torch.equal(logits(lz.from_pretrained("alice/n")), logits(model))
     config = json.loads(files["config.json"])
     config["difference"]["revision"] = None
     hub.put("alice/m", {"config.json": json.dumps(config).encode()})
@@ -148,6 +147,42 @@ def test_a_difference_that_lacks_or_adds_a_tensor_is_refused(hub: LoopbackHub, b
         lz.from_pretrained(tmp_path)
 
 
+def test_a_strangers_base_is_checked_before_it_costs_memory_or_code(hub: LoopbackHub, base: str) -> None:
+    trained(base).push_to_hub("alice/m", difference=True)
+    config = json.loads(hub.files("alice/m")["config.json"])
+    config["difference"]["revision"] = None
+    hub.put("alice/m", {"config.json": json.dumps(config).encode()})
+    files = hub.files(base)
+    fields = json.loads(files["config.json"])
+    sizes: list[tuple[dict[str, Any], str]] = [
+        ({"attn_implementation": "eve/kernel"}, "attn_implementation='eve/kernel' is not the name"),
+        ({"quantization_config": {"load_in_4bit": True}}, "the weights of the base org/base are quantized"),
+        ({"transformers_weights": "../x.safetensors"}, "transformers_weights='../x.safetensors' is not supported"),
+        ({"vocab_size": 2**22}, "the checkpoint org/base does not fit its config"),
+        ({"vocab_size": 2**40}, "vocab_size=1099511627776 must be"),
+        ({"num_hidden_layers": 300}, "has 3 layers, and its config.json says 300"),
+        ({"hidden_size": -1}, "describes no model"),
+        ({"hidden_act": "nope"}, "hidden_act='nope' is no activation"),
+    ]
+    changes = [({"config.json": json.dumps(fields | change).encode()}, message) for change, message in sizes]
+    changes += [
+        ({"adapter_config.json": b"{}"}, "the base org/base holds adapter_config.json"),
+        ({"config.json": b"[]"}, "config.json of org/base holds no object"),
+        ({"model.safetensors": files["model.safetensors"][:-9]}, "model.safetensors is damaged or cut short"),
+    ]
+    hub.requests.clear()
+    for change, message in changes:
+        hub.put("org/base", change)
+        with Largest() as largest, pytest.raises(LizardzooError, match=message) as error:
+            lz.from_pretrained("alice/m")
+        assert largest.elements < 100
+        assert "\n" not in str(error.value)
+        hub.repos.pop("org/base")
+        hub.put("org/base", files)
+    assert hub.count("GET", "eve") == 0
+    assert lz.from_pretrained("alice/m").config.num_hidden_layers == 3
+
+
 def test_a_base_that_others_cannot_fetch_is_refused_and_nothing_written(
     hub: LoopbackHub, base: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -172,14 +207,21 @@ def test_the_command_line_pushes_a_difference_with_its_card_and_a_whole_model_af
     model = trained(base)
     model.save_pretrained(tmp_path / "student")
     tiny_tokenizer.save_pretrained(tmp_path / "student")
+    command("card", tmp_path / "student", "--license", "mit", "--dataset", "a book", "--dataset", "o/d")
     local = {path.name: path.read_bytes() for path in (tmp_path / "student").iterdir()}
     command("push", tmp_path / "student", "alice/m", "--difference")
     assert {path.name: path.read_bytes() for path in (tmp_path / "student").iterdir()} == local
     text = hub.files("alice/m")["README.md"].decode()
     assert "only what differs from [org/base](https://huggingface.co/org/base)" in text
     assert "base_model_relation: adapter" in text
+    assert "license: mit" in text
+    assert "Data: a book, o/d." in text
     assert torch.equal(logits(lz.from_pretrained("alice/m")), logits(model))
     assert AutoTokenizer.from_pretrained("alice/m").get_vocab() == tiny_tokenizer.get_vocab()
-    command("push", tmp_path / "student", "alice/m")
+    (tmp_path / "student" / "README.md").write_text("# By hand\n")
+    command("push", tmp_path / "student", "alice/n", "--difference")
+    assert hub.files("alice/n")["README.md"] == b"# By hand\n"
+    assert torch.equal(logits(lz.from_pretrained("alice/n")), logits(model))
+    command("push", tmp_path / "student", "alice/m", "--force")
     assert {name for name in hub.files("alice/m") if name.endswith(".safetensors")} == {"model.safetensors"}
     assert torch.equal(logits(lz.from_pretrained("alice/m")), logits(model))

@@ -68,7 +68,7 @@ def test_an_upload_is_all_there_or_nothing_and_again_completes(
     assert contents(saved) == local
     if said:
         assert said.startswith("alice/m was not changed: ")
-        assert said.endswith(f"{saved} is whole, push again and only what is missing is sent")
+        assert said.endswith("; push again, and only what is missing is sent")
         assert "\n" not in said
         assert hub.files("alice/m") == before
     else:
@@ -82,6 +82,24 @@ def test_an_upload_is_all_there_or_nothing_and_again_completes(
     assert hub.count("PUT", "/lfs/") - len(sent) <= times  # each went up once but where it failed
     if not said:
         assert {digest for digest in hub.blobs if digest not in known} == set()
+
+
+@pytest.mark.parametrize("difference", [False, True], ids=["whole", "difference"])
+def test_a_model_pushed_again_is_the_same_files_and_only_the_missing_are_sent(
+    hub: LoopbackHub, measured: Path, tiny_folder: Path, difference: bool
+) -> None:
+    hub.put("org/base", contents(tiny_folder))
+    model = lz.from_pretrained(measured / "run" / "final")
+    given = {"token": "hf_alice", "base": "org/base", "difference": difference, "max_shard_size": "70KB"}
+    hub.fail("POST", "/commit/", Fault.ERROR, times=99)
+    with pytest.raises(LizardzooError, match=r"^alice/m was not changed: "):
+        model.push_to_hub("alice/m", **given)
+    sent = hub.count("PUT", "/lfs/")
+    assert sent >= 1
+    hub.troubles.clear()
+    model.push_to_hub("alice/m", **given)
+    assert hub.count("PUT", "/lfs/") == sent
+    assert torch.equal(logits(lz.from_pretrained("alice/m", token="hf_alice")), logits(model))
 
 
 def test_where_the_hub_falls_silent_after_a_commit_nothing_is_claimed(hub: LoopbackHub, saved: Path) -> None:

@@ -1,4 +1,4 @@
-"""A model goes to the Hub and comes back the same: by every way to load it, in this process and in a fresh one."""
+"""A model goes to the Hub and comes back the same: by every way to load it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from tests.hub.server import LoopbackHub
 
 IDS = torch.arange(3, 43)[None] % 50
 MIXED = ["recommended", "softmax", lz.GatedLinear()]
-STUB = "modeling_lizardzoo.py"
 
 
 @pytest.fixture
@@ -68,67 +67,6 @@ def test_a_model_of_every_family_comes_back_the_same_and_the_second_time_nothing
     with torch.no_grad():
         assert torch.equal(base(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
     assert downloads(hub) == before
-
-
-FRESH = """
-import torch
-{import_}
-from transformers import AutoModelForCausalLM
-ids = torch.arange(3, 43)[None] % 50
-for family in {families}:
-    model = AutoModelForCausalLM.from_pretrained("alice/" + family{trust})
-    assert type(model).__module__ == "lizardzoo.adapters." + family, type(model)
-    with torch.no_grad():
-        torch.save(model(ids).logits, "{folder}/" + family)
-    model.save_pretrained("{folder}/again-" + family)
-"""
-
-
-@pytest.mark.parametrize(
-    ("import_", "trust"),
-    [("import lizardzoo", ""), ("", ", trust_remote_code=True")],
-    ids=["import lizardzoo", "trust_remote_code"],
-)
-@pytest.mark.usefixtures("alice")
-def test_a_fresh_process_loads_by_import_or_through_the_stub_and_saving_again_keeps_it(
-    hub: LoopbackHub, fresh_process: Any, tmp_path: Path, import_: str, trust: str
-) -> None:
-    models = {family: student(family) for family in FAMILIES}
-    for family, model in models.items():
-        model.push_to_hub(f"alice/{family}")
-    fresh_process(FRESH.format(import_=import_, trust=trust, folder=tmp_path, families=list(models)))
-    for family, model in models.items():
-        assert torch.equal(torch.load(tmp_path / family), logits(model))
-        again = tmp_path / f"again-{family}"
-        assert [path.name for path in again.glob("*.py")] == [STUB]  # and no source of the package
-        assert (again / STUB).read_bytes() == hub.files(f"alice/{family}")[STUB]
-        read = json.loads((again / "config.json").read_text())["auto_map"]
-        assert read == json.loads(hub.files(f"alice/{family}")["config.json"])["auto_map"]
-
-
-@pytest.mark.usefixtures("alice")
-def test_without_the_package_or_trust_the_error_says_what_to_do(hub: LoopbackHub, fresh_process: Any) -> None:
-    student().push_to_hub("alice/m")
-    blocked = """
-import sys
-class Missing:
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] == "lizardzoo":
-            raise ModuleNotFoundError("No module named 'lizardzoo'", name="lizardzoo")
-sys.meta_path.insert(0, Missing)
-from transformers import AutoModelForCausalLM
-try:
-    AutoModelForCausalLM.from_pretrained("alice/m", trust_remote_code=True)
-except ImportError as error:
-    print(error)
-try:
-    AutoModelForCausalLM.from_pretrained("alice/m", trust_remote_code=False)
-except ValueError as error:
-    print(error)
-"""
-    said = fresh_process(blocked)
-    assert "pip install lizardzoo" in said
-    assert "trust_remote_code=True" in said
 
 
 @pytest.mark.usefixtures("alice")

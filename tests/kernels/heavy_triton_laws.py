@@ -63,6 +63,7 @@ def cases(draw: st.DrawFn, longest: int = 50, documents: bool = True) -> Case:
     with torch.no_grad():
         _, log_mass, _ = window_attention(q, k, v, window=window, keep=keep, **given_flags, return_state=False)
     options = {"window": window, "heavy": draw(st.sampled_from([1, 3, 16, 37])), "keep": keep}
+    options["half_life"] = draw(st.sampled_from([None, 3.0, 50.0]))
     return Case(q, k, v, log_mass, options, given_flags, 128)
 
 
@@ -125,7 +126,7 @@ def test_the_choice_is_that_of_the_reference_bit_for_bit(data: st.DataObject) ->
     k = torch.randn(2, length, 2, 4, generator=generator).round()
     log_mass = torch.zeros(2, length, 2) + 20  # any number; whole scores, so equal ones
     keys, places, until, following, drawn = ops.choose(
-        q, k, log_mass, None, None, None, None, window, keep, heavy, 0, 1.0
+        q, k, log_mass, None, None, None, None, window, keep, heavy, 0, 0.0, 1.0
     )
     leaves = torch.arange(length) >= window + keep
     scores = torch.where(leaves[None, :, None], drawn[:, :length], -torch.inf).transpose(1, 2)
@@ -174,7 +175,9 @@ def test_a_fold_of_steps_is_the_whole(case: Case, with_gradients: bool) -> None:
             now = slice(t, t + 1)
             flags = None if mask is None else mask[:, now]
             one = [x[:, now] for x in arguments]
-            *output, state = heavy_attention_step(*one, past, state, keep=keep, mask=flags, impl="triton")
+            *output, state = heavy_attention_step(
+                *one, past, state, keep=keep, half_life=case.options["half_life"], mask=flags, impl="triton"
+            )
             *_, past = window_attention(*one[:3], window=window, keep=keep, mask=flags, state=past)
             outputs.append(output)
     y, log_mass = (torch.cat(part, 1) for part in zip(*outputs, strict=True))
@@ -192,7 +195,11 @@ def test_a_step_of_both_is_the_joint_of_their_steps(case: Case, shape: tuple[int
     keep, heads = case.options["keep"], case.q.shape[2]
     if shape is not None and len(shape) == 2:
         shape = (heads, 2)
-    options: dict[str, Any] = {"keep": keep, "sinks": None if shape is None else torch.randn(shape)}
+    options: dict[str, Any] = {
+        "keep": keep,
+        "half_life": case.options["half_life"],
+        "sinks": None if shape is None else torch.randn(shape),
+    }
     past, state = start_states(case, float("nan"))
     expected = start_states(case, 0.0)
     for t in range(case.q.shape[1]):
@@ -279,14 +286,14 @@ def test_the_ops_keep_what_torch_asks_of_them() -> None:
     first = torch.zeros(1, 20, dtype=torch.int32)
     chosen = (q.detach(), k.detach(), torch.zeros(1, 20, 2), None, None)
     for flags in ((None, None), (first, torch.tensor([18], dtype=torch.int32))):
-        torch.library.opcheck(ops._choice, (*chosen, *flags, 5, 2, 3, 0, 0.5))
-    _, places, until, following, _ = ops.choose(*chosen, None, None, 5, 2, 3, 0, 0.5)
+        torch.library.opcheck(ops._choice, (*chosen, *flags, 5, 2, 3, 0, 0.1, 0.5))
+    _, places, until, following, _ = ops.choose(*chosen, None, None, 5, 2, 3, 0, 0.1, 0.5)
     torch.library.opcheck(ops._attention, (q, k, v, places, until, following, None, -8, 0.5))
     past = init_window_state(1, 1, 4, 5, 2, torch.float32, "cpu")
     state = init_state(1, 1, 4, 5, 3, torch.float32, "cpu")
     one = [x.detach()[:, :1] for x in (q, k, v)]
-    torch.library.opcheck(step._heavy_step, (*one, torch.zeros(1, 1, 2), *past, *state, None, 0.5))
-    torch.library.opcheck(step._joint_step, (*one, *past, *state, torch.zeros(2), None, 0.5))
+    torch.library.opcheck(step._heavy_step, (*one, torch.zeros(1, 1, 2), *past, *state, None, 0.1, 0.5))
+    torch.library.opcheck(step._joint_step, (*one, *past, *state, torch.zeros(2), None, 0.1, 0.5))
 
 
 @pytest.mark.parametrize(

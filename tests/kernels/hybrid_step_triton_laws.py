@@ -6,6 +6,7 @@ a GPU it does not see.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,10 @@ from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lizardzoo import LizardzooError
 from lizardzoo.kernels import FeatureMap, hybrid_attention_step
 from lizardzoo.kernels.hybrid import step as fused
+from lizardzoo.kernels.rotary import rotate
 from lizardzoo.kernels.state import map_state, state_tensors
 from lizardzoo.kernels.window import ops as window_ops
 from tests.kernels.cases import error
@@ -83,6 +86,39 @@ def test_steps_are_the_references_steps(case: Case, in_place: bool) -> None:
             for a, b in zip(state_tensors(state), state_tensors(before), strict=True):
                 assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
         state = new
+
+
+@settings(max_examples=4, phases=PHASES)
+@given(narrow_cases(longest=4), st.booleans())
+@torch.no_grad()
+def test_a_step_rotates_as_rotate_does(case: Case, one_table: bool) -> None:
+    """In the kernel, in the reference, and where the branches step one by one."""
+    assume("near_q" in case.tensors)  # or the branches share keys
+    states = [poisoned(case), case.init_state()]
+    for t in range(case.tensors["v"].shape[1]):  # type: ignore[union-attr]
+        arguments = case.step_arguments(t)
+        q, k = arguments["q"], arguments["k"]
+        angles = torch.randn(1 if one_table else q.shape[0], 1, q.shape[3] // 2).repeat(1, 1, 2)
+        rope = angles.cos(), angles.sin()
+        rotated = rotate(q, k, *rope, impl="reference")
+        *expected, after = hybrid_attention_step(**{**arguments, "rotated": rotated}, state=states[1])
+        del arguments["rotated"]
+        *output, states[0] = hybrid_attention_step(**arguments, rope=rope, state=states[0], impl="triton")
+        *exact, same = hybrid_attention_step(**arguments, rope=rope, state=states[1])
+        assert all(error(a, b) <= TOLERANCE for a, b in zip(output, expected, strict=True))
+        assert_same_state(states[0], after, TOLERANCE)
+        assert all(
+            torch.equal(a, b) for a, b in zip((*exact, *state_tensors(same)), (*expected, *state_tensors(after)))
+        )
+        states[1] = after
+
+
+def test_a_step_is_rotated_or_to_be_rotated() -> None:
+    x = torch.zeros(1, 1, 2, 16)
+    state: Any = SimpleNamespace(window=SimpleNamespace(k=x), linear=SimpleNamespace(k=x))
+    for ways, said in (({}, "neither"), ({"rotated": (x, x), "rope": (x[0], x[0])}, "both")):
+        with pytest.raises(LizardzooError, match=f"either rotated or rope, got {said}"):
+            hybrid_attention_step(x, x, x, None, state, **ways)  # type: ignore[arg-type]
 
 
 @settings(max_examples=6, phases=PHASES)

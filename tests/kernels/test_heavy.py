@@ -56,6 +56,7 @@ def cases(draw: st.DrawFn, documents: bool = True) -> Case:
     with torch.no_grad():
         _, log_mass, _ = window_attention(q, k, v, window=window, keep=keep, **flags, return_state=False)
     options = {"window": window, "heavy": draw(st.sampled_from([1, 2, 5])), "keep": keep}
+    options["half_life"] = draw(st.sampled_from([None, 1.0, 3.0, 50.0]))
     return Case(q, k, v, log_mass, options, flags, draw(st.sampled_from([1, 2, 3, 128])))
 
 
@@ -94,7 +95,9 @@ def test_splitting_a_sequence_changes_nothing(case: Case, data: st.DataObject) -
         flags = {name: None if flag is None else flag[:, start:end] for name, flag in case.flags.items()}
         _, _, after = window_attention(q, k, v, window=window, keep=keep, **flags, state=past)
         if end - start == 1 and flags["starts"] is None:
-            *out, state = heavy_attention_step(q, k, v, mass, past, state, keep=keep, mask=flags["mask"])
+            *out, state = heavy_attention_step(
+                q, k, v, mass, past, state, keep=keep, half_life=case.options["half_life"], mask=flags["mask"]
+            )
         else:
             *out, state = heavy_attention(q, k, v, mass, **case.options, **flags, past=past, state=state)
         past = after
@@ -181,11 +184,24 @@ def test_a_step_of_both_is_the_softmax_over_what_either_holds(case: Case) -> Non
             assert torch.equal(a, b)
 
 
+def test_a_token_that_drew_much_fades() -> None:
+    """What it drew is halved so often that the next tokens, which drew nothing much, take its place."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (0.1 * torch.randn(1, 64, 1, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    q[:, 6:12], k[:, 5] = 3.0, 3.0
+    near = window_attention(q, k, v, window=8, return_state=False)
+    for half_life, held in ((None, True), (1000.0, True), (2.0, False)):
+        *_, state = heavy_attention(q, k, v, near[1], heavy=2, window=8, half_life=half_life)
+        assert state is not None and (5 in state.rank[0, :, 0].tolist()) == held
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"heavy": 0}, "window and heavy must be at least 1 and keep at least 0, got 4, 0 and 0"),
         ({"window": 0}, "window and heavy must be at least 1 and keep at least 0, got 0, 2 and 0"),
+        ({"half_life": 0.5}, "half_life must be at least 1 token, or None, got 0.5"),
+        ({"half_life": float("nan")}, "half_life must be at least 1 token, or None, got nan"),
         ({"log_mass": torch.zeros(1, 5, 1)}, "log_mass is what window_attention returns, of shape [1, 5, 2]"),
         ({"past": init_window_state(1, 1, 4, 4, 0, torch.float32, "cpu")}, "past is given without state; give both"),
         (

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,14 +34,32 @@ def test_what_info_says_of_triton_is_what_its_kernels_take() -> None:
     pytest.importorskip("triton")
     from lizardzoo.kernels.dispatch import TRITON_SIZES
     from lizardzoo.kernels.gated_linear.ops import MAX_SIZE
+    from lizardzoo.kernels.token_gates.ops import MAX_COLUMNS
     from lizardzoo.kernels.window.ops import MAX_DIM
 
     assert {name: size for name, (size, _) in TRITON_SIZES.items()} == {
         "window_attention": MAX_DIM,
         "gated_linear_attention": MAX_SIZE,
         "hybrid_attention": MAX_SIZE,
+        "token_gates": MAX_COLUMNS,
         "heavy_attention": MAX_DIM,
     }
+
+
+@pytest.mark.parametrize("size", [16, 20, 32, 48, 64, 80, 96, 100, 112, 128, 144, 160])
+def test_info_says_triton_of_a_head_dim_where_the_kernels_take_it(size: int) -> None:
+    """Asked of a device, which no tensor here is on: `check` looks at shapes and dtypes alone."""
+    pytest.importorskip("triton")
+    from lizardzoo.kernels.dispatch import auto_on_cuda
+    from lizardzoo.kernels.gated_linear.ops import check
+
+    q: Any = SimpleNamespace(shape=(1, 1, 1, size), dtype=torch.bfloat16, is_cuda=True)
+    try:
+        check(q, q, None, None)
+    except LizardzooError:
+        assert auto_on_cuda("gated_linear_attention", [size]).startswith("refused")
+    else:
+        assert auto_on_cuda("gated_linear_attention", [size]) == "triton"
 
 
 @pytest.mark.parametrize("laws", LAWS, ids=lambda path: path.stem)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lizardzoo.errors import LizardzooError
+from lizardzoo.kernels.dispatch import even_sizes
 from lizardzoo.kernels.features import FeatureMap
 from lizardzoo.kernels.gated_linear import launch, triton_step
 from lizardzoo.kernels.gated_linear.launch import NEG_INF, Gradients, Inputs, Launch, Saved
@@ -264,16 +265,17 @@ def gated_linear_step(
     log_mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     gates = {"DECAYS": ring_decay.shape[2], "ENTERS": ring_input.shape[2]}
     rings = (ring_k, ring_v, ring_decay, ring_input, length)
-    triton_step.step[(batch * state_heads,)](
-        q, k, v, log_decay, log_input, query_map, key_map, mask, kv, norm, scale, *rings, y, log_mass, lag, skip,
-        1 if query_map is None else query_map.shape[0], 1 if key_map is None else key_map.shape[0],
-        HS=state_heads, R=state_heads // kv_heads, **gates, LAG=lag > 0, **StepSizes.of(q, v, kv)._asdict(),
-        MAP=activation, N=128, num_warps=8,
-    )  # fmt: skip
-    triton_step.push[(batch,)](
-        k, v, log_decay, log_input, mask, *rings, lag, KEYS=kv_heads * k.shape[3], VALUES=kv_heads * v.shape[3],
-        **gates, BLOCK=1024, num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current one
+        triton_step.step[(batch * state_heads,)](
+            q, k, v, log_decay, log_input, query_map, key_map, mask, kv, norm, scale, *rings, y, log_mass, lag, skip,
+            1 if query_map is None else query_map.shape[0], 1 if key_map is None else key_map.shape[0],
+            HS=state_heads, R=state_heads // kv_heads, **gates, LAG=lag > 0, **StepSizes.of(q, v, kv)._asdict(),
+            MAP=activation, N=128, num_warps=8,
+        )  # fmt: skip
+        triton_step.push[(batch,)](
+            k, v, log_decay, log_input, mask, *rings, lag, KEYS=kv_heads * k.shape[3], VALUES=kv_heads * v.shape[3],
+            **gates, BLOCK=1024, num_warps=4,
+        )  # fmt: skip
     return y, log_mass
 
 
@@ -308,7 +310,7 @@ def check(q: Tensor, v: Tensor, feature_map: FeatureMap | None, state: Any) -> N
     sizes = (q.shape[3], v.shape[3], features)
     # On a device only what tests/gpu has seen right: with 20 features in bf16, code that Triton 3.6 compiles leaves
     # shared memory (compute-sanitizer), or is wrong.
-    odd = q.is_cuda and any(n % 16 and n & (n - 1) for n in sizes)
+    odd = q.is_cuda and not even_sizes(sizes)
     if max(sizes) > MAX_SIZE or odd:
         raise LizardzooError(
             f"gated_linear_attention: triton takes as head_dim and feature_dim powers of two and multiples "

@@ -33,6 +33,7 @@ def heavy_attention(
     window: int,
     heavy: int,
     keep: int = 0,
+    half_life: float | None = None,
     scale: float | None = None,
     mask: Tensor | None = None,
     starts: Tensor | None = None,
@@ -44,7 +45,8 @@ def heavy_attention(
     """Attend to the `heavy` tokens that drew most attention, of those that `window_attention` sees no more.
 
         y_i = sum_{t in E_i} e^{s_it} v_t / sum_{t in E_i} e^{s_it},  s_it = scale q_i . k_t
-        E_i = the `heavy` tokens of highest score_t among t <= i - window of i's document, less its first `keep` ones
+        E_i = the `heavy` tokens of highest score_t 2^{t / half_life} among t <= i - window of i's document, less its
+              first `keep` ones
         score_t = sum_{i = t + max(1, window // 8)}^{t + window - 1} sum_h e^{2 (s_it - log_mass_ih)}
 
     h: the query heads that share t's key head, each of which chooses for itself. Of equal scores the later one counts
@@ -56,6 +58,7 @@ def heavy_attention(
         window: the window's size.
         heavy: tokens held for each key head, at least 1.
         keep: first tokens of a document, which the window holds for ever.
+        half_life: in tokens, at least 1; scores of tokens that have left the window halve in that time. None: never.
         scale: of the scores; D ** -0.5 unless given.
         mask, starts: [B, T] bool; see `lizardzoo.kernels`.
         past: the window's state BEFORE these tokens; given if and only if `state` is.
@@ -73,7 +76,9 @@ def heavy_attention(
     check_token_flags(OP, q, mask=mask, starts=starts)
     kernels = _kernels(impl, q, v, _triton)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return kernels.chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, state, return_state)
+    return kernels.chunked(
+        q, k, v, log_mass, window, keep, heavy, _fade(half_life), scale, mask, starts, past, state, return_state
+    )
 
 
 def heavy_attention_step(
@@ -85,6 +90,7 @@ def heavy_attention_step(
     state: HeavyState,
     *,
     keep: int = 0,
+    half_life: float | None = None,
     scale: float | None = None,
     mask: Tensor | None = None,
     in_place: bool = False,
@@ -93,7 +99,7 @@ def heavy_attention_step(
     """`heavy_attention` of one token behind a state.
 
     Args:
-        q, k, v, log_mass, keep, scale, mask, impl: as for `heavy_attention`, with T = 1.
+        q, k, v, log_mass, keep, half_life, scale, mask, impl: as for `heavy_attention`, with T = 1.
         past: the window's state BEFORE this token.
         state: what the call before returned, or the start state.
         in_place: the tensors of `state` are overwritten, and it is the one returned; without gradients only.
@@ -109,7 +115,7 @@ def heavy_attention_step(
     _check_step(q, in_place)
     kernels = _kernels(impl, q, v, _triton_step)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return kernels.step(q, k, v, log_mass, keep, scale, mask, past, state, in_place)
+    return kernels.step(q, k, v, log_mass, keep, _fade(half_life), scale, mask, past, state, in_place)
 
 
 def window_and_heavy_step(
@@ -120,6 +126,7 @@ def window_and_heavy_step(
     state: HeavyState,
     *,
     keep: int = 0,
+    half_life: float | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
     mask: Tensor | None = None,
@@ -131,7 +138,7 @@ def window_and_heavy_step(
     The joint of `window_attention_step` and `heavy_attention_step`; in Triton one kernel.
 
     Args:
-        q, k, v, past, state, keep, scale, mask, impl: as for `heavy_attention_step`.
+        q, k, v, past, state, keep, half_life, scale, mask, impl: as for `heavy_attention_step`.
         sinks: as for `window_attention`.
         in_place: the tensors of `past` and `state` are overwritten, and they are returned; without gradients only.
 
@@ -148,7 +155,7 @@ def window_and_heavy_step(
     _check_step(q, in_place)
     kernels = _kernels(impl, q, v, _triton_step)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return kernels.joint_step(q, k, v, keep, sinks, scale, mask, past, state, in_place)
+    return kernels.joint_step(q, k, v, keep, _fade(half_life), sinks, scale, mask, past, state, in_place)
 
 
 def _kernels(impl: Impl | str, q: Tensor, v: Tensor, triton: Callable[[], Any]) -> Any:
@@ -169,6 +176,13 @@ def _triton_step() -> Any:
     from lizardzoo.kernels.heavy import step
 
     return step
+
+
+def _fade(half_life: float | None) -> float:
+    """Halvings a token."""
+    if half_life is not None and not half_life >= 1:
+        raise LizardzooError(f"{OP}: half_life must be at least 1 token, or None, got {half_life}")
+    return 0.0 if half_life is None else 1.0 / half_life
 
 
 def _check_step(q: Tensor, in_place: bool) -> None:

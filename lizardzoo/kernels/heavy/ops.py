@@ -58,7 +58,7 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     return sizes | {"BLOCK_DK": power_of_2(q.shape[3]), "BLOCK_DV": power_of_2(v.shape[3]), "C": CHUNK}
 
 
-def choose(q, k, log_mass, before, past, first, lengths, window, keep, heavy, offset, scale):
+def choose(q, k, log_mass, before, past, first, lengths, window, keep, heavy, offset, fade, scale):
     """Who is held when.
 
     Args:
@@ -84,7 +84,8 @@ def choose(q, k, log_mass, before, past, first, lengths, window, keep, heavy, of
     launch(
         choice.drawn_kernel, (lines * _cdiv(window + count, tiles["N"]),),
         (*decisive(q, k), before is None, first is None, lengths is None),
-        (q, k, log_mass, before, first, lengths, stream, drawn), (count, window, keep, offset, scale, *strides(q, k)),
+        (q, k, log_mass, before, first, lengths, stream, drawn),
+        (count, window, keep, offset, fade, scale, *strides(q, k)),
         {"HKV": kv_heads, "G": heads // kv_heads, "DK": dim, "BLOCK_DK": power_of_2(dim), "DOCUMENTS": documents,
          **tiles}, **options,
     )  # fmt: skip
@@ -119,13 +120,13 @@ _choice = torch.library.custom_op(
     choose,
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor log_mass, Tensor? before, Tensor? past, Tensor? first, Tensor? lengths,"
-    " SymInt window, SymInt keep, SymInt heavy, SymInt offset, float scale)"
+    " SymInt window, SymInt keep, SymInt heavy, SymInt offset, float fade, float scale)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 
 
 @_choice.register_fake
-def _(q, k, log_mass, before, past, first, lengths, window, keep, heavy, offset, scale):
+def _(q, k, log_mass, before, past, first, lengths, window, keep, heavy, offset, fade, scale):
     batch, count, kv_heads = q.shape[0], q.shape[1], k.shape[2]
     chunks = (count + CHUNK - 1) // CHUNK
     whole = torch.int64 if first is not None and first.ndim == 2 else torch.int32
@@ -241,7 +242,7 @@ class _Attention(torch.autograd.Function):
         return _autograd(gradients, ctx, dy, dlog_mass)
 
 
-def chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, state, return_state):
+def chunked(q, k, v, log_mass, window, keep, heavy, fade, scale, mask, starts, past, state, return_state):
     """All tokens of a sequence; see `lizardzoo.kernels.heavy.heavy_attention`."""
     count, seen = q.shape[1], past.length if past is not None else None
     rows = None
@@ -262,7 +263,7 @@ def chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, s
     with torch.no_grad():
         keys, places, until, following, drawn = (_choice if compiling else choose)(
             q.detach(), k.detach(), log_mass.detach().float().contiguous(), before, keys_before, first, lengths, window,
-            keep, heavy, offset, float(scale),
+            keep, heavy, offset, float(fade), float(scale),
         )  # fmt: skip
     run = _attention if compiling else _Attention.apply
     y, mass = run(q, k, v, places, until, following, lengths, shift, float(scale))

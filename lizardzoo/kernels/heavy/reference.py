@@ -17,6 +17,8 @@ from lizardzoo.kernels.window import init_state as init_window_state
 from lizardzoo.kernels.window import reference as window_reference
 
 CHUNK = 128
+LEAST = 100.0
+"""A token that drew less than 2 ** -LEAST drew nothing: scores are never negative."""
 NEG_INF = float("-inf")
 
 
@@ -25,10 +27,20 @@ def young(window: int) -> int:
     return max(1, window // 8)
 
 
-def chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, state, return_state):  # type: ignore[no-untyped-def]
+def settled(drawn: Tensor, rank: Tensor, fade: float) -> Tensor:
+    """The score with which a token leaves the window, in base 2.
+
+    All scores halve in 1 / fade tokens. That changes no order among those that are there already, so that instead of
+    what is held, what comes later counts for more.
+    """
+    return drawn.clamp(min=2.0**-LEAST).log2() + LEAST + rank.to(drawn) * fade
+
+
+def chunked(q, k, v, log_mass, window, keep, heavy, fade, scale, mask, starts, past, state, return_state):  # type: ignore[no-untyped-def]
     """All tokens of a sequence; see `lizardzoo.kernels.heavy.heavy_attention`."""
-    batch, count, heads, _ = q.shape
-    kv_heads = k.shape[2]
+    (batch, count), kv_heads = q.shape[:2], k.shape[2]
+    if state is None and not return_state and count <= window + keep:  # nothing can have left the window
+        return q.new_zeros(*q.shape[:3], v.shape[-1]), torch.full_like(log_mass, NEG_INF), None
     if past is None or state is None:
         sizes = (batch, kv_heads, k.shape[-1], window)
         past = init_window_state(*sizes, keep, k.dtype, k.device)
@@ -43,7 +55,7 @@ def chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, s
     before = F.pad(unroll(state.drawn, past.length), (0, 0, 0, count))
     drawn = before + _drawn(q, keys, log_mass, window, scale, rows)
     leaves = rows.valid & (rows.rank >= window + keep)
-    scores = torch.where(leaves[..., None], drawn[:, :count], NEG_INF)
+    scores = torch.where(leaves[..., None], settled(drawn[:, :count], (rows.rank - window)[..., None], fade), NEG_INF)
 
     held_k, held_v, held_score, held_rank = by_score(state)
     chunk = min(CHUNK, count)
@@ -54,8 +66,7 @@ def chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, s
     document = None
     if starts is not None:  # a later document's tokens beat all of an earlier one's
         document = torch.cat([F.pad(rows.document, (heavy, 0)), rows.last_document().expand(-1, fill)], 1)
-        step = window * (heads // kv_heads) + 1.0  # more than any score
-        order_by = order_by.double() + step * document[:, None]
+        order_by = order_by.double() + 2.0**20 * document[:, None]  # more than any score
     chosen = select(order_by, heavy, chunk)
 
     until = chosen.until
@@ -88,7 +99,7 @@ def chunked(q, k, v, log_mass, window, keep, heavy, scale, mask, starts, past, s
     return rows.unpack(y).to(q.dtype), rows.unpack(mass), new_state
 
 
-def step(q, k, v, log_mass, keep, scale, mask, past, state, in_place):  # type: ignore[no-untyped-def]
+def step(q, k, v, log_mass, keep, fade, scale, mask, past, state, in_place):  # type: ignore[no-untyped-def]
     """One token; see `lizardzoo.kernels.heavy.heavy_attention_step`."""
     dtype = compute_dtype(q)
     kv_heads, groups, window = k.shape[2], q.shape[2] // k.shape[2], past.k.shape[1]
@@ -98,7 +109,7 @@ def step(q, k, v, log_mass, keep, scale, mask, past, state, in_place):  # type: 
     leaving = rank % window
 
     # The token that leaves takes the place of the worst one held, unless it is worse itself.
-    new_score = take_tokens(state.drawn, leaving)  # [B, 1, Hkv]
+    new_score = settled(take_tokens(state.drawn, leaving), (rank - window)[..., None], fade)  # [B, 1, Hkv]
     joins = (real & (rank >= window + keep))[..., None]
     lowest = state.score == state.score.amin(1, keepdim=True)
     worst = torch.where(lowest, state.rank, torch.iinfo(state.rank.dtype).max).argmin(1, keepdim=True)
@@ -131,10 +142,10 @@ def step(q, k, v, log_mass, keep, scale, mask, past, state, in_place):  # type: 
     return y, mass, overwrite(state, new) if in_place else new
 
 
-def joint_step(q, k, v, keep, sinks, scale, mask, past, state, in_place):  # type: ignore[no-untyped-def]
+def joint_step(q, k, v, keep, fade, sinks, scale, mask, past, state, in_place):  # type: ignore[no-untyped-def]
     """One token of both branches; see `lizardzoo.kernels.heavy.window_and_heavy_step`."""
     *near, new_past = window_reference.step(q, k, v, keep, sinks, scale, mask, past, False)
-    *far, new_state = step(q, k, v, near[1], keep, scale, mask, past, state, False)
+    *far, new_state = step(q, k, v, near[1], keep, fade, scale, mask, past, state, False)
     y, log_mass = joint([(near[0], near[1]), (far[0], far[1])])
     if in_place:
         new_past, new_state = overwrite(past, new_past), overwrite(state, new_state)

@@ -16,9 +16,9 @@ class HeavyState(NamedTuple):
     Attributes:
         k: [B, heavy, Hkv, D], in the dtype of the keys given.
         v: [B, heavy, Hkv, Dv], likewise.
-        score: [B, heavy, Hkv]; -inf where nothing is held.
+        score: [B, heavy, Hkv], with which each left the window (`reference.settled`); -inf where nothing is held.
         rank: [B, heavy, Hkv] int32, the place of each held token among the real tokens of its document.
-        drawn: [B, window, Hkv], a ring (see `lizardzoo.kernels`): the scores of the window's tokens until now.
+        drawn: [B, window, Hkv], a ring (see `lizardzoo.kernels`): the squared weights of the window's tokens until now.
     """
 
     k: Tensor

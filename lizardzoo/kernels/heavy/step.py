@@ -16,7 +16,7 @@ check = ops.check
 
 
 def _launch(
-    q, k, v, given, ring_k, ring_v, kept_k, kept_v, length, held_k, held_v, score, rank, drawn, sinks, mask, scale
+    q, k, v, given, ring_k, ring_v, kept_k, kept_v, length, held_k, held_v, score, rank, drawn, sinks, mask, fade, scale
 ):  # fmt: skip
     """y, log_mass of the (contiguous) states, which move on in place but for the length."""
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
@@ -30,7 +30,7 @@ def _launch(
         triton_step.step_kernel[(batch * kv_heads,)](
             q, k, v, given, ring_k, ring_v, kept_k, kept_v, length, held_k, held_v, score, rank, drawn, sinks, mask,
             y, log_mass, ring_k.shape[1], kept_k.shape[1], held_k.shape[1], 0 if sinks is None else sinks.shape[-1],
-            scale, *(x.stride(axis) for x in (q, k, v) for axis in (0, 2)),
+            fade, scale, *(x.stride(axis) for x in (q, k, v) for axis in (0, 2)),
             0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], HKV=kv_heads, G=heads // kv_heads, DK=dim,
             DV=v.shape[3], **blocks, M=power_of_2(heads // kv_heads),
             N=16 if ops.INTERPRETED else min(64, max(16, 8192 // wide)), R=window_ops.KEPT_BLOCK,
@@ -45,11 +45,28 @@ def _launch(
 def _heavy_step(
     q: Tensor, k: Tensor, v: Tensor, given: Tensor, ring_k: Tensor, ring_v: Tensor, kept_k: Tensor, kept_v: Tensor,
     length: Tensor, held_k: Tensor, held_v: Tensor, score: Tensor, rank: Tensor, drawn: Tensor, mask: Tensor | None,
-    scale: float,
+    fade: float, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, log_mass behind the window's log_mass; heavy attention's own state moves on in place."""
     return _launch(
-        q, k, v, given, ring_k, ring_v, kept_k, kept_v, length, held_k, held_v, score, rank, drawn, None, mask, scale
+        q,
+        k,
+        v,
+        given,
+        ring_k,
+        ring_v,
+        kept_k,
+        kept_v,
+        length,
+        held_k,
+        held_v,
+        score,
+        rank,
+        drawn,
+        None,
+        mask,
+        fade,
+        scale,
     )
 
 
@@ -60,11 +77,28 @@ def _heavy_step(
 def _joint_step(
     q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, kept_k: Tensor, kept_v: Tensor, length: Tensor,
     held_k: Tensor, held_v: Tensor, score: Tensor, rank: Tensor, drawn: Tensor, sinks: Tensor | None,
-    mask: Tensor | None, scale: float,
+    mask: Tensor | None, fade: float, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, log_mass of the window and of heavy attention together; both states move on in place."""
     y, log_mass = _launch(
-        q, k, v, None, ring_k, ring_v, kept_k, kept_v, length, held_k, held_v, score, rank, drawn, sinks, mask, scale
+        q,
+        k,
+        v,
+        None,
+        ring_k,
+        ring_v,
+        kept_k,
+        kept_v,
+        length,
+        held_k,
+        held_v,
+        score,
+        rank,
+        drawn,
+        sinks,
+        mask,
+        fade,
+        scale,
     )
     length += 1 if mask is None else mask[:, 0]
     return y, log_mass
@@ -80,25 +114,25 @@ def _learns(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def step(q, k, v, log_mass, keep, scale, mask, past, state, in_place):
+def step(q, k, v, log_mass, keep, fade, scale, mask, past, state, in_place):
     """One token; see `lizardzoo.kernels.heavy.heavy_attention_step`.
 
     One kernel launch, without a graph; where a gradient is wanted, the kernels of a whole sequence do it.
     """
     if _learns(q, k, v, *past, *state):
         sizes = past.k.shape[1], keep, state.k.shape[1]
-        return ops.chunked(q, k, v, log_mass, *sizes, scale, mask, None, past, state, True)
+        return ops.chunked(q, k, v, log_mass, *sizes, fade, scale, mask, None, past, state, True)
     state = writable(ops.OP, state, in_place)
     past = tuple(x.contiguous() for x in past)
-    return *_heavy_step(q, k, v, log_mass.float(), *past, *state, mask, float(scale)), state
+    return *_heavy_step(q, k, v, log_mass.float(), *past, *state, mask, float(fade), float(scale)), state
 
 
-def joint_step(q, k, v, keep, sinks, scale, mask, past, state, in_place):
+def joint_step(q, k, v, keep, fade, sinks, scale, mask, past, state, in_place):
     """One token of both branches; see `lizardzoo.kernels.heavy.window_and_heavy_step`."""
     if _learns(q, k, v, sinks, *past, *state):
         *near, new_past = window_ops.step(q, k, v, keep, sinks, scale, mask, past, False)
-        *far, new_state = step(q, k, v, near[1], keep, scale, mask, past, state, False)
+        *far, new_state = step(q, k, v, near[1], keep, fade, scale, mask, past, state, False)
         y, log_mass = joint([near, far])
         return y.to(q.dtype), log_mass, new_past, new_state
     past, state = writable(ops.OP, past, in_place), writable(ops.OP, state, in_place)
-    return *_joint_step(q, k, v, *past, *state, sinks, mask, float(scale)), past, state
+    return *_joint_step(q, k, v, *past, *state, sinks, mask, float(fade), float(scale)), past, state

@@ -21,6 +21,12 @@ NOTHING = tl.constexpr(-1)
 
 
 @triton.jit
+def settled(drawn, rank, fade):
+    """As `reference.settled`."""
+    return tl.log2(tl.maximum(drawn, 7.888609052210118e-31)) + 100.0 + rank.to(tl.float32) * fade
+
+
+@triton.jit
 def _document(first):
     """A number that grows with each document: 0 for the one that the state is in."""
     return tl.maximum(first, -1) + 1
@@ -28,7 +34,7 @@ def _document(first):
 
 @triton.jit(do_not_specialize=["count", "window", "keep", "offset"])
 def drawn_kernel(
-    Q, K, LOG_MASS, BEFORE, FIRST, LENGTHS, KEYS, DRAWN, count, window, keep, offset, scale,
+    Q, K, LOG_MASS, BEFORE, FIRST, LENGTHS, KEYS, DRAWN, count, window, keep, offset, fade, scale,
     sqb, sqt, sqh, skb, skt, skh,
     HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, BLOCK_DK: tl.constexpr, DOCUMENTS: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr,
@@ -66,7 +72,8 @@ def drawn_kernel(
 
     first = _first(FIRST, b, joins, count, DOCUMENTS)
     leaves = (joins < length) & (joins - first >= window + keep)
-    key = tl.maximum(drawn.to(tl.int32, bitcast=True), 0).to(KEYS.dtype.element_ty)
+    score = settled(drawn, joins - first - window, fade)
+    key = tl.maximum(score.to(tl.int32, bitcast=True), 0).to(KEYS.dtype.element_ty)
     if DOCUMENTS:
         key |= _document(first).to(tl.int64) << 32
     tl.store(KEYS + (b * HKV + head) * count + joins, tl.where(leaves, key, NOTHING), mask=joins < count)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from lizardzoo.kernels.heavy.triton_choice import settled
 from lizardzoo.kernels.window.triton import LOG2E, _attend, _dot, _load, _store, step_masses, write_token
 
 LARGEST = tl.constexpr(2**63 - 1)
@@ -24,7 +25,7 @@ def _bits(score):
 @triton.jit(do_not_specialize=["window", "keep", "heavy", "sinks"])
 def step_kernel(
     Q, K, V, GIVEN, RING_K, RING_V, KEPT_K, KEPT_V, LENGTH, HELD_K, HELD_V, SCORE, RANK, DRAWN, SINKS, MASK, Y,
-    LOG_MASS, window, keep, heavy, sinks, scale, sqb, sqh, skb, skh, svb, svh, ssh,
+    LOG_MASS, window, keep, heavy, sinks, fade, scale, sqb, sqh, skb, skh, svb, svh, ssh,
     HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
     BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +60,7 @@ def step_kernel(
         worst, lowest = tl.where(least < lowest, at, worst), tl.minimum(least, lowest)
     slot = length % window
     leaving = (b * window + slot) * HKV + head
-    new_score = tl.load(DRAWN + leaving)
+    new_score = settled(tl.load(DRAWN + leaving), length - window, fade)
     taken = tl.where((length >= window + keep) & (_bits(new_score) >= (lowest >> 32)), real, 0)
     into = tl.where(taken > 0, worst, -1)
     k_old = tl.load(RING_K + leaving * DK + d, mask=d < DK * taken, other=0.0)

@@ -12,6 +12,7 @@ from lizardzoo.kernels.features import FeatureMap
 from lizardzoo.kernels.gated_linear import check_arguments as check_linear
 from lizardzoo.kernels.hybrid import reference
 from lizardzoo.kernels.hybrid.state import HybridState, share
+from lizardzoo.kernels.rotary import check_rotary
 from lizardzoo.kernels.state import check_in_place
 from lizardzoo.kernels.window import check_arguments as check_window
 
@@ -85,7 +86,8 @@ def hybrid_attention_step(
     log_decay: Tensor | None,
     state: HybridState,
     *,
-    rotated: tuple[Tensor, Tensor],
+    rotated: tuple[Tensor, Tensor] | None = None,
+    rope: tuple[Tensor, Tensor] | None = None,
     log_input: Tensor | None = None,
     log_scale: Tensor | None = None,
     feature_map: FeatureMap | None = None,
@@ -102,6 +104,8 @@ def hybrid_attention_step(
     Args:
         q, k, v, log_decay, rotated, log_input, log_scale, feature_map: as for `hybrid_attention`, with T = 1.
         state: what the call before returned, or the start state; it gives window and lag.
+        rope: cos and sin [B or 1, 1, D], in place of `rotated`: the window takes q and k as
+            `lizardzoo.kernels.rotate` gives them. Triton rotates in the same kernel.
         keep, skip, sinks, scale, mask, impl: likewise.
         in_place: the tensors of the given state are overwritten, and it is the one returned; without gradients only.
 
@@ -112,16 +116,22 @@ def hybrid_attention_step(
         LizardzooError: as `hybrid_attention`; more than one token; in_place where gradients are on.
     """
     window, lag = state.window.k.shape[1], state.linear.k.shape[1]
-    _check(q, k, v, log_decay, rotated, log_input, log_scale, feature_map, window, keep, lag, skip, sinks, state)
+    if (rotated is None) == (rope is None):
+        raise LizardzooError(f"{OP}: a step takes either rotated or rope, got {'neither' if rope is None else 'both'}")
+    near = (q, k) if rotated is None else rotated
+    _check(q, k, v, log_decay, near, log_input, log_scale, feature_map, window, keep, lag, skip, sinks, state)
     check_token_flags(OP, q, mask=mask)
+    if rope is not None:
+        check_rotary(OP, q, k, *rope)
     check_in_place(OP, in_place)
     if q.shape[1] != 1:
         raise LizardzooError(f"{OP}: a step takes one token, got {q.shape[1]}; call hybrid_attention")
     kernels = implementation(OP, impl, q.device, reference, _triton)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return kernels.step(
-        q, k, v, log_decay, rotated, log_input, log_scale, feature_map, keep, skip, sinks, scale, mask, state, in_place
-    )
+        q, k, v, log_decay, rotated, rope, log_input, log_scale, feature_map, keep, skip, sinks, scale, mask, state,
+        in_place,
+    )  # fmt: skip
 
 
 def _triton() -> Any:

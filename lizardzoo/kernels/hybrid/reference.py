@@ -6,6 +6,7 @@ from __future__ import annotations
 from lizardzoo.kernels.gated_linear import reference as linear_reference
 from lizardzoo.kernels.hybrid.state import share
 from lizardzoo.kernels.merge import add_log_scale, joint
+from lizardzoo.kernels.rotary.reference import rotate
 from lizardzoo.kernels.state import overwrite
 from lizardzoo.kernels.window import reference as window_reference
 
@@ -27,10 +28,11 @@ def chunked(
 
 
 def step(
-    q, k, v, log_decay, rotated, log_input, log_scale, feature_map, keep, skip, sinks, scale, mask, state, in_place
+    q, k, v, log_decay, rotated, rope, log_input, log_scale, feature_map, keep, skip, sinks, scale, mask, state,
+    in_place,
 ):  # fmt: skip
     """One token; see `lizardzoo.kernels.hybrid.hybrid_attention_step`."""
-    near_q, near_k = rotated
+    near_q, near_k = rotated if rope is None else rotate(q, k, *rope)
     *near, window_state = window_reference.step(near_q, near_k, v, keep, sinks, scale, mask, state.window, False)
     *far, linear_state = linear_reference.step(
         q, k, v, log_decay, log_input, feature_map, skip, mask, state.linear, False

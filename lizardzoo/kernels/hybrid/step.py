@@ -11,6 +11,7 @@ from lizardzoo.kernels.hybrid import triton_step
 from lizardzoo.kernels.hybrid.state import share
 from lizardzoo.kernels.launching import power_of_2
 from lizardzoo.kernels.merge import add_log_scale, joint
+from lizardzoo.kernels.rotary.ops import rotate
 from lizardzoo.kernels.state import overwrite, writable
 from lizardzoo.kernels.window import ops as window_ops
 
@@ -25,13 +26,16 @@ OP = "hybrid_attention"
     ),
 )  # fmt: skip
 def hybrid_step(
-    q: Tensor, k: Tensor, v: Tensor, near_q: Tensor, near_k: Tensor, log_decay: Tensor | None, log_input: Tensor | None,
-    log_scale: Tensor | None, query_map: Tensor, key_map: Tensor, sinks: Tensor | None, mask: Tensor | None,
-    ring_k: Tensor, ring_v: Tensor, kept_k: Tensor, kept_v: Tensor, kv: Tensor, norm: Tensor, memory_scale: Tensor,
-    waiting_k: Tensor | None, ring_decay: Tensor, ring_input: Tensor, length: Tensor, activation: str, lag: int,
-    skip: int, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, near_q: Tensor, near_k: Tensor, cos: Tensor | None, sin: Tensor | None,
+    log_decay: Tensor | None, log_input: Tensor | None, log_scale: Tensor | None, query_map: Tensor, key_map: Tensor,
+    sinks: Tensor | None, mask: Tensor | None, ring_k: Tensor, ring_v: Tensor, kept_k: Tensor, kept_v: Tensor,
+    kv: Tensor, norm: Tensor, memory_scale: Tensor, waiting_k: Tensor | None, ring_decay: Tensor, ring_input: Tensor,
+    length: Tensor, activation: str, lag: int, skip: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y, log_mass; the state moves on in place. All tensors are contiguous; waiting_k None: it is ring_k, or no lag."""
+    """y, log_mass; the state moves on in place. All tensors are contiguous.
+
+    cos, sin [B or 1, 1, D]: near_q and near_k are yet to be rotated by them; waiting_k None: it is ring_k, or no lag.
+    """
     (batch, _, kv_heads, dim), window = k.shape, ring_k.shape[1]
     y = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     log_mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
@@ -41,10 +45,11 @@ def hybrid_step(
     slots = 16 if window_ops.INTERPRETED else min(128, 16384 // (max(width, sizes.BV) * q.element_size()))
     with torch.cuda.device_of(q):  # Triton launches on the current one
         triton_step.step[(batch * kv_heads,)](
-            q, k, v, near_q, near_k, log_decay, log_input, log_scale, query_map, key_map, sinks, mask,
+            q, k, v, near_q, near_k, cos, sin, log_decay, log_input, log_scale, query_map, key_map, sinks, mask,
             ring_k, ring_v, kept_k, kept_v, kv, norm, memory_scale, waiting_k, ring_decay, ring_input, length, y,
             log_mass, window, kept_k.shape[1], skip, 0 if sinks is None else sinks.shape[-1],
-            0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], scale, query_map.shape[0], key_map.shape[0],
+            0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], scale,
+            0 if cos is None or cos.shape[0] == 1 else dim, query_map.shape[0], key_map.shape[0],
             HKV=kv_heads, DECAYS=0 if log_decay is None else log_decay.shape[2],
             ENTERS=0 if log_input is None else log_input.shape[2], LAG=lag > 0, KEPT=kept_k.shape[1] > 0,
             **sizes._asdict(), BD=width, MAP=activation, N=slots, MORE=window > slots, R=16, num_warps=8,
@@ -58,15 +63,19 @@ def _(q, k, v, *_):
 
 
 def step(
-    q, k, v, log_decay, rotated, log_input, log_scale, feature_map, keep, skip, sinks, scale, mask, state, in_place
+    q, k, v, log_decay, rotated, rope, log_input, log_scale, feature_map, keep, skip, sinks, scale, mask, state,
+    in_place,
 ):  # fmt: skip
     """One token; see `lizardzoo.kernels.hybrid.hybrid_attention_step`."""
     window, linear = state
-    near_q, near_k = rotated
-    lag, same_keys = linear.k.shape[1], near_k is k
+    near_q, near_k = (q, k) if rotated is None else rotated
+    cos, sin = (None, None) if rope is None else rope
+    lag, same_keys = linear.k.shape[1], rope is None and near_k is k
     inputs = (q, k, v, near_q, near_k, log_decay, log_input, log_scale, *(feature_map or ())[:2], sinks)
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, *window, *linear))
     if learns or not _fits(k, log_input, feature_map, state):
+        if rope is not None:
+            near_q, near_k = rotate(q, k, *rope)
         *near, window = window_ops.step(near_q, near_k, v, keep, sinks, scale, mask, window, False)
         *far, linear = linear_ops.step(q, k, v, log_decay, log_input, feature_map, skip, mask, linear, False)
         y, log_mass = joint([near, (far[0], add_log_scale(far[1], log_scale, mask))])
@@ -76,7 +85,7 @@ def step(
     state = writable(OP, state, in_place)
     window, linear = state
     gates = (None if x is None else x.float() for x in (log_decay, log_input, log_scale))
-    inputs = (q, k, v, near_q, near_k, *gates, feature_map.query, feature_map.key, sinks, mask)
+    inputs = (q, k, v, near_q, near_k, cos, sin, *gates, feature_map.query, feature_map.key, sinks, mask)
     y, log_mass = hybrid_step(
         *(None if x is None else x.contiguous() for x in inputs), *window[:4], linear.kv, linear.norm, linear.scale,
         None if lag == 0 or linear.k is window.k else linear.k, linear.log_decay, linear.log_input, window.length,

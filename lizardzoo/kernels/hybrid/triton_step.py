@@ -72,11 +72,17 @@ def _kept(kept_k, kept_v, row, head, keep, start, HKV: tl.constexpr, D: tl.const
     return r, _load(kept_k, place * D, r < keep, D, BD), _load(kept_v, place * V, r < keep, V, BV)
 
 
+@triton.jit
+def _rotate(x, partner, cos, sin):
+    """Numbers rotated with their partners of the other half; sin is negative in the first half. Rounded once."""
+    return (x.to(tl.float32) * cos + partner.to(tl.float32) * sin).to(x.dtype)
+
+
 @triton.jit(do_not_specialize=["window", "keep", "skip", "sinks"])
 def step(
-    q, k, v, near_q, near_k, decay, enter, log_scale, query_maps, key_maps, sink_logits, mask,
+    q, k, v, near_q, near_k, cos, sin, decay, enter, log_scale, query_maps, key_maps, sink_logits, mask,
     ring_k, ring_v, kept_k, kept_v, kv, norm, memory_scale, waiting_k, ring_decay, ring_enter, length, y, log_mass,
-    window, keep, skip, sinks, sink_stride, scale, query_map_heads, key_map_heads,
+    window, keep, skip, sinks, sink_stride, scale, table_stride, query_map_heads, key_map_heads,
     HKV: tl.constexpr, DECAYS: tl.constexpr, ENTERS: tl.constexpr, LAG: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, F2: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
     BV: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, TIMES: tl.constexpr, DEPTH: tl.constexpr,
@@ -85,7 +91,8 @@ def step(
     """One token of one key head; row m of a product is query head m // TIMES of the group.
 
     LAG: the token that leaves the window enters the memory; otherwise the new one does. waiting_k None: the memory
-    takes the keys of the window. MORE: the window is wider than a tile of N slots; the first is asked for early.
+    takes the keys of the window. cos, sin: near_q and near_k are rotated here; None: they are already. MORE: the window
+    is wider than a tile of N slots; the first is asked for early.
     """
     head, row = tl.program_id(0) % HKV, (tl.program_id(0) // HKV).to(tl.int64)
     own = row * HKV + head
@@ -109,6 +116,16 @@ def step(
         r, kept_keys, kept_values = _kept(kept_k, kept_v, row, head, keep, 0, HKV, D, V, BD, BV, R)
     queries = _load(near_q, places * D, inside, D, BD)
     k_new = tl.load(near_k + own * D + d, mask=d < D, other=0.0)
+    if cos is not None:
+        c = tl.load(cos + row * table_stride + d, mask=d < D, other=0.0).to(tl.float32)
+        s = tl.load(sin + row * table_stride + d, mask=d < D, other=0.0).to(tl.float32)
+        partner = tl.where(d < D // 2, d + D // 2, d - D // 2)
+        s = tl.where(d < D // 2, -s, s)
+        q_other = tl.load(
+            near_q + places[:, None] * D + partner[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0
+        )
+        k_other = tl.load(near_k + own * D + partner, mask=d < D, other=0.0)
+        queries, k_new = _rotate(queries, q_other, c[None, :], s[None, :]), _rotate(k_new, k_other, c, s)
     v_new = tl.load(v + own * V + e, mask=e < V, other=0.0)
     own_decay, own_enter, shift = 0.0, 0.0, tl.zeros([ROWS * TIMES], tl.float32)
     if DECAYS > 0:

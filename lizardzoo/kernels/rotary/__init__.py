@@ -33,7 +33,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, impl: Impl | str = Im
     Raises:
         LizardzooError: shapes or dtypes that do not fit.
     """
-    _check(q, k, cos, sin)
+    check_rotary(OP, q, k, cos, sin)
     return implementation(OP, impl, q.device, reference, _triton).rotate(q, k, cos.detach(), sin.detach())
 
 
@@ -43,18 +43,19 @@ def _triton() -> Any:
     return ops
 
 
-def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+def check_rotary(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """q [B, T, H, D], k [B, T, Hkv, D] with an even D, cos and sin [B or 1, T, D]."""
     if q.ndim != 4 or k.ndim != 4 or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[3] % 2:
         raise LizardzooError(
-            f"{OP}: shapes q {list(q.shape)}, k {list(k.shape)} do not fit; expected q [B, T, H, D] and "
+            f"{op}: shapes q {list(q.shape)}, k {list(k.shape)} do not fit; expected q [B, T, H, D] and "
             f"k [B, T, Hkv, D] with an even D"
         )
     batch, count, _, dim = q.shape
     for name, table in (("cos", cos), ("sin", sin)):
         if table.ndim != 3 or table.shape[0] not in (1, batch) or table.shape[1:] != (count, dim):
-            raise LizardzooError(f"{OP}: {name} is [1 or {batch}, {count}, {dim}], got {list(table.shape)}")
+            raise LizardzooError(f"{op}: {name} is [1 or {batch}, {count}, {dim}], got {list(table.shape)}")
     if q.dtype != k.dtype or not all(x.dtype.is_floating_point for x in (q, cos, sin)):
         raise LizardzooError(
-            f"{OP}: q, k, cos, sin have dtypes {q.dtype}, {k.dtype}, {cos.dtype}, {sin.dtype}; expected "
+            f"{op}: q, k, cos, sin have dtypes {q.dtype}, {k.dtype}, {cos.dtype}, {sin.dtype}; expected "
             f"floating-point numbers, and one dtype for q and k"
         )

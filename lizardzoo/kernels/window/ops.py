@@ -33,9 +33,12 @@ TILES = {
     "key": {(2, 64): (64, 64, 4, 2), (2, 128): (32, 64, 4, 2), (2, 256): (32, 64, 8, 1),
             (4, 64): (32, 32, 4, 1), (4, 128): (16, 32, 8, 1), (4, 256): (16, 16, 4, 1)},
 }  # fmt: skip
-# Kept tokens are seen by every later query of their document. Their gradients are summed over chunks of this many
-# queries in parallel, then over the chunks, always in the same order.
+# Registers of a thread at most, where the compiler takes more by itself and none spill: for a fourth block.
+REGISTERS = {("query", 2, 64): 128}
+# Kept tokens are seen by every later query of their document. Their gradients are summed over the tiles of chunks of
+# this many queries in parallel, then over the chunks, always in the same order. A tile has a divisor of it as rows.
 CHUNK = 32 if INTERPRETED else 256
+SUMMED = 128  # numbers of a program that sums over tiles
 
 
 def check(op: str, q: Tensor, v: Tensor) -> None:
@@ -66,13 +69,15 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor, first: Tensor | None) -> dict[str, A
     }
 
 
-def _tiles(kernel: str, q: Tensor, v: Tensor) -> tuple[dict[str, int], dict[str, int]]:
-    """M and N of a kernel; warps and stages."""
+def _tiles(kernel: str, q: Tensor, v: Tensor) -> tuple[dict[str, int], dict[str, int | None]]:
+    """M and N of a kernel; warps, stages and registers."""
     if INTERPRETED:
         return {"M": 16, "N": 16}, {}  # small inputs then have several tiles
     dim = max(64, power_of_2(max(q.shape[3], v.shape[3])))
-    rows, keys, warps, stages = TILES[kernel][q.element_size(), dim]
-    return {"M": rows, "N": keys}, {"num_warps": warps, "num_stages": stages}
+    size = q.element_size()
+    rows, keys, warps, stages = TILES[kernel][size, dim]
+    options = {"num_warps": warps, "num_stages": stages, "maxnreg": REGISTERS.get((kernel, size, dim))}
+    return {"M": rows, "N": keys}, options
 
 
 SIGNATURE = "Tensor q, Tensor k, Tensor v, Tensor? sink, Tensor? first, Tensor? lengths"
@@ -121,25 +126,24 @@ def gradients(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, window,
     form = (*decisive(q, k, v, y, dy), first is None, lengths is None, dlog_mass is None)
     sizes = _sizes(q, k, v, first)
     tiles, options = _tiles("query", q, v)
+    chunks, in_chunk = _cdiv(count, CHUNK) - 1 if keep else 0, CHUNK * groups // tiles["M"]
+    columns, grid, width = batch * kv_heads, _cdiv(count * groups, tiles["M"]), keep * (k.shape[3] + v.shape[3])
+    later = grid - in_chunk if chunks else 0
+    parts, sums = (torch.empty(columns, n, width, dtype=torch.float32, device=q.device) for n in (later, chunks))
     launch(
-        kernels.query_gradient_kernel, (batch * kv_heads * _cdiv(count * groups, tiles["M"]),), form,
-        (q, k, v, first, lengths, y, log_mass, dy, dlog_mass, delta, dq), numbers,
-        {**sizes, "KEEP": keep > 0, **tiles, "R": KEPT_BLOCK}, **options,
+        kernels.query_gradient_kernel, (columns * grid,), form,
+        (q, k, v, first, lengths, y, log_mass, dy, dlog_mass, delta, dq, parts), numbers,
+        {**sizes, "KEEP": keep > 0, **tiles, "R": KEPT_BLOCK, "C": CHUNK}, **options,
     )  # fmt: skip
-    chunks = _cdiv(count, CHUNK) - 1 if keep else 0
-    part_k, part_v = (
-        torch.empty(batch, kv_heads, chunks, keep, x.shape[3], dtype=torch.float32, device=q.device) for x in (k, v)
-    )
-    tiles, options = _tiles("key", q, v)
     if chunks:
         launch(
-            kernels.kept_gradient_kernel, (batch * kv_heads * chunks * _cdiv(keep, KEPT_BLOCK),), form,
-            (q, k, v, first, lengths, log_mass, dy, delta, part_k, part_v), numbers,
-            {**sizes, "M": tiles["M"], "R": KEPT_BLOCK, "C": CHUNK}, **options,
+            kernels.sum_parts_kernel, (columns * chunks, _cdiv(width, SUMMED)), (), (parts, sums), (later, width),
+            {"TILES": in_chunk, "BLOCK": SUMMED}, num_warps=1,
         )  # fmt: skip
+    tiles, options = _tiles("key", q, v)
     launch(
-        kernels.key_gradient_kernel, (batch * kv_heads * _cdiv(offset + count, tiles["N"]),), form,
-        (q, k, v, first, lengths, log_mass, dy, delta, part_k, part_v, dk, dv), numbers,
+        kernels.key_gradient_kernel, (columns * _cdiv(offset + count, tiles["N"]),), form,
+        (q, k, v, first, lengths, log_mass, dy, delta, sums, dk, dv), numbers,
         {**sizes, "KEEP": keep > 0, **tiles, "C": CHUNK}, **options,
     )  # fmt: skip
     return dq, dk, dv, delta
@@ -281,12 +285,13 @@ def _step(
         "M": power_of_2(heads // kv_heads),
         "N": 16 if INTERPRETED else min(64, max(16, 8192 // wide)),
     }
-    kernels.step_kernel[(batch * kv_heads,)](
-        q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, y, log_mass, ring_k.shape[1], kept_k.shape[1],
-        0 if sinks is None else sinks.shape[-1], scale, *(x.stride(axis) for x in (q, k, v) for axis in (0, 2)),
-        0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], **shape, **tile, R=KEPT_BLOCK,
-        num_warps=4, num_stages=2,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):  # Triton launches on the current one
+        kernels.step_kernel[(batch * kv_heads,)](
+            q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, y, log_mass, ring_k.shape[1], kept_k.shape[1],
+            0 if sinks is None else sinks.shape[-1], scale, *(x.stride(axis) for x in (q, k, v) for axis in (0, 2)),
+            0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], **shape, **tile, R=KEPT_BLOCK,
+            num_warps=4, num_stages=2,
+        )  # fmt: skip
     length += 1 if mask is None else mask[:, 0]
     return y, log_mass
 

@@ -151,15 +151,34 @@ def _score_gradient(q, k, v, dy, log_mass, delta, visible, scale):
     return tl.where(visible, weights * (_dot(dy, tl.trans(v)) - delta[:, None]), 0.0)
 
 
+@triton.jit
+def _add_key_gradients(dk, dv, k, v, q, dy, log_mass, delta, visible, scale):
+    """Add what query rows give to keys; dk still lacks its factor `scale`.
+
+    Scores are computed with keys as rows: a transposed fp32 accumulator as the operand of a product is miscompiled on
+    Hopper by Triton 3.4 to 3.7.0 (flash-linear-attention issue 640).
+    """
+    weights = tl.exp2(_dot(k, tl.trans(q)) * (scale * LOG2E) - log_mass[None, :] * LOG2E)
+    weights = tl.where(visible, weights, 0.0)
+    dv += _dot(weights.to(dy.dtype), dy)
+    gradient = tl.where(visible, weights * (_dot(v, tl.trans(dy)) - delta[None, :]), 0.0)
+    dk += _dot(gradient.to(q.dtype), q)
+    return dk, dv
+
+
 @triton.jit(do_not_specialize=SIZES)
 def query_gradient_kernel(
-    Q, K, V, FIRST, LENGTHS, Y, LOG_MASS, DY, DLOG_MASS, DELTA, DQ, count, window, keep, offset, scale,
+    Q, K, V, FIRST, LENGTHS, Y, LOG_MASS, DY, DLOG_MASS, DELTA, DQ, PARTS, count, window, keep, offset, scale,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh,
     HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
     BLOCK_DV: tl.constexpr, DOCUMENTS: tl.constexpr, KEEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    R: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of queries, and delta = dy . y - dlog_mass, which the keys need as well."""
+    """dq of a tile of queries, and delta = dy . y - dlog_mass, which the keys need as well.
+
+    PARTS [B * Hkv, tiles from chunk 1 on, keep, DK + DV]: what the tile gives to the kept tokens of the document that
+    is open where its chunk of C queries begins. Within a chunk the keys' own kernel sees to it.
+    """
     tiles = tl.cdiv(count * G, M)
     tile, head = tl.program_id(0) % tiles, (tl.program_id(0) // tiles) % HKV
     b = (tl.program_id(0) // tiles // HKV).to(tl.int64)
@@ -216,6 +235,41 @@ def query_gradient_kernel(
                 document = document * 0 + NO_DOCUMENT
     _store(DQ, place * DK, (dq * scale).to(DQ.dtype.element_ty), i < count, DK, BLOCK_DK)
 
+    BEFORE: tl.constexpr = C * G // M  # tiles of a chunk
+    if KEEP and tile >= BEFORE:
+        document = _first(FIRST, b, tile // BEFORE * C, count, DOCUMENTS)
+        at = (b * HKV + head) * (tiles - BEFORE) + tile - BEFORE
+        # again, since this holds other layouts of them: kept over the loop above they take 23 registers more
+        q = _load(Q + b * sqb, i.to(tl.int64) * sqt + heads * sqh, real, DK, BLOCK_DK)
+        dy = _load(DY, place * DV, real, DV, BLOCK_DV)
+        for r0 in range(0, keep, R):
+            r = r0 + tl.arange(0, R)
+            slot = document + r
+            index = tl.where(slot < 0, r, offset + slot).to(tl.int64)
+            kept = (r < keep) & (slot < length)
+            k = _load(keys, index * skt, kept, DK, BLOCK_DK)
+            v = _load(values, index * svt, kept, DV, BLOCK_DV)
+            visible = (real & (first == document))[None, :] & kept[:, None]
+            visible = visible & (slot[:, None] <= (i - window)[None, :])
+            dk, dv = tl.zeros([R, BLOCK_DK], tl.float32), tl.zeros([R, BLOCK_DV], tl.float32)
+            dk, dv = _add_key_gradients(dk, dv, k, v, q, dy, log_mass, delta, visible, scale)
+            part = (at * keep + r) * (DK + DV)
+            _store(PARTS, part, dk * scale, r < keep, DK, BLOCK_DK)
+            _store(PARTS, part + DK, dv, r < keep, DV, BLOCK_DV)
+
+
+@triton.jit(do_not_specialize=["tiles", "width"])
+def sum_parts_kernel(PARTS, SUMS, tiles, width, TILES: tl.constexpr, BLOCK: tl.constexpr):
+    """PARTS [B * Hkv, tiles, width] summed over the TILES of each chunk: SUMS [B * Hkv, chunks, width]."""
+    chunks = tl.cdiv(tiles, TILES)
+    tile = tl.program_id(0) % chunks * TILES
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    at = (tl.program_id(0) // chunks).to(tl.int64) * tiles
+    for t in range(tile, tl.minimum(tile + TILES, tiles)):
+        total += tl.load(PARTS + (at + t) * width + column, mask=column < width, other=0.0)
+    tl.store(SUMS + tl.program_id(0).to(tl.int64) * width + column, total, mask=column < width)
+
 
 @triton.jit
 def _key_gradients(
@@ -223,11 +277,7 @@ def _key_gradients(
     window, keep, scale, sqb, sqt, sqh, HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
     BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, DOCUMENTS: tl.constexpr, KEEP: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Add what one tile of M query rows gives to the keys at `slot`.
-
-    Scores are computed with keys as rows: a transposed fp32 accumulator as the operand of a product is miscompiled on
-    Hopper by Triton 3.4 to 3.7.0 (flash-linear-attention issue 640).
-    """
+    """Add what one tile of M query rows gives to the keys at `slot`."""
     rows = row0 + tl.arange(0, M)
     i, heads = rows // G, head * G + rows % G
     real = i < stop
@@ -243,51 +293,12 @@ def _key_gradients(
         late = (distance >= window) & (i < kept_stop)[None, :]
         visible = visible | (may_keep[:, None] & late & (slot[:, None] - first[None, :] < keep))
     visible = visible & (distance >= 0) & (slot[:, None] >= first[None, :]) & real[None, :]
-    weights = tl.exp2(_dot(k, tl.trans(q)) * (scale * LOG2E) - log_mass[None, :] * LOG2E)
-    weights = tl.where(visible, weights, 0.0)
-    dv += _dot(weights.to(dy.dtype), dy)
-    gradient = tl.where(visible, weights * (_dot(v, tl.trans(dy)) - delta[None, :]), 0.0)
-    dk += _dot(gradient.to(q.dtype), q)
-    return dk, dv
-
-
-@triton.jit(do_not_specialize=SIZES)
-def kept_gradient_kernel(
-    Q, K, V, FIRST, LENGTHS, LOG_MASS, DY, DELTA, PART_K, PART_V, count, window, keep, offset, scale,
-    sqb, sqt, sqh, skb, skt, skh, svb, svt, svh,
-    HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
-    BLOCK_DV: tl.constexpr, DOCUMENTS: tl.constexpr, M: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """What chunk c of queries gives to the kept tokens of the document that is open where it begins, fp32."""
-    blocks = tl.cdiv(keep, R)
-    chunks = tl.cdiv(count, C) - 1
-    block, pid = tl.program_id(0) % blocks, tl.program_id(0) // blocks
-    chunk, head, b = pid % chunks + 1, (pid // chunks) % HKV, (pid // chunks // HKV).to(tl.int64)
-    length = _length(LENGTHS, b, count)
-    document = _first(FIRST, b, chunk * C, count, DOCUMENTS)
-    r = block * R + tl.arange(0, R)
-    slot = document + r
-    index = tl.where(slot < 0, r, offset + slot).to(tl.int64)
-    stop = tl.minimum(chunk * C + C, length)
-    kept = (r < keep) & (slot < length)
-    k = _load(K + b * skb + head * skh, index * skt, kept, DK, BLOCK_DK)
-    v = _load(V + b * svb + head * svh, index * svt, kept, DV, BLOCK_DV)
-    dk = tl.zeros([R, BLOCK_DK], tl.float32)
-    dv = tl.zeros([R, BLOCK_DV], tl.float32)
-    start = tl.maximum(chunk * C, document + window)  # before that all of them are in the window
-    for row0 in range(start * G, stop * G, M):
-        dk, dv = _key_gradients(
-            dk, dv, k, v, row0, stop, stop, slot, r < 0, kept, Q, FIRST, LOG_MASS, DY, DELTA, b, head, count,
-            window, keep, scale, sqb, sqt, sqh, HKV, G, DK, DV, BLOCK_DK, BLOCK_DV, DOCUMENTS, True, M,
-        )  # fmt: skip
-    place = (((b * HKV + head) * chunks + chunk - 1) * keep + r).to(tl.int64)
-    _store(PART_K, place * DK, dk * scale, r < keep, DK, BLOCK_DK)
-    _store(PART_V, place * DV, dv, r < keep, DV, BLOCK_DV)
+    return _add_key_gradients(dk, dv, k, v, q, dy, log_mass, delta, visible, scale)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def key_gradient_kernel(
-    Q, K, V, FIRST, LENGTHS, LOG_MASS, DY, DELTA, PART_K, PART_V, DK_OUT, DV_OUT, count, window, keep, offset, scale,
+    Q, K, V, FIRST, LENGTHS, LOG_MASS, DY, DELTA, SUMS, DK_OUT, DV_OUT, count, window, keep, offset, scale,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh,
     HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
     BLOCK_DV: tl.constexpr, DOCUMENTS: tl.constexpr, KEEP: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -324,10 +335,10 @@ def key_gradient_kernel(
         chunks = tl.cdiv(count, C) - 1
         for c in range(chunk + 1, tl.where(kept, tl.cdiv(length, C), 0)):
             r = slot - _first(FIRST, b, c * C, count, DOCUMENTS)
-            place = (((b * HKV + head) * chunks + c - 1) * keep + r).to(tl.int64)
+            place = (((b * HKV + head) * chunks + c - 1) * keep + r).to(tl.int64) * (DK + DV)
             mine = may_keep & (r >= 0) & (r < keep)
-            dk += _load(PART_K, place * DK, mine, DK, BLOCK_DK)
-            dv += _load(PART_V, place * DV, mine, DV, BLOCK_DV)
+            dk += _load(SUMS, place, mine, DK, BLOCK_DK)
+            dv += _load(SUMS, place + DK, mine, DV, BLOCK_DV)
     place = (b * total + key) * HKV + head
     _store(DK_OUT, place * DK, dk.to(DK_OUT.dtype.element_ty), key < total, DK, BLOCK_DK)
     _store(DV_OUT, place * DV, dv.to(DV_OUT.dtype.element_ty), key < total, DV, BLOCK_DV)

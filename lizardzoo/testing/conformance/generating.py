@@ -50,7 +50,7 @@ def a_left_padded_batch_generates_as_its_rows_alone(data: st.DataObject, case: C
 
 @model_law
 def beams_and_samples_are_the_uncached_ones(data: st.DataObject, case: Case) -> None:
-    """Beam search with several returned sequences, and sampling under a seed, padded on the left."""
+    """Beam search with several returned sequences, sampling under a seed, padded on the left; guidance."""
     ids, model = case.tokens(2, 13), case.student
     mask = torch.ones_like(ids)
     mask[0, :4] = 0
@@ -68,6 +68,8 @@ def beams_and_samples_are_the_uncached_ones(data: st.DataObject, case: Case) -> 
             )
         )  # fmt: skip
     assert_same_tokens(samples[0], samples[1], "samples")
+    guided = [greedy(model, ids[1:], count=3, guidance_scale=1.5, use_cache=cached) for cached in (True, False)]
+    assert_same_tokens(guided[0], guided[1], "with guidance, which keeps a second cache")
 
 
 @model_law

@@ -6,6 +6,7 @@ import copy
 
 import torch
 from hypothesis import strategies as st
+from transformers import DynamicCache
 
 from lizardzoo.adapters import softmax_mode
 from lizardzoo.adapters.masks import CACHE_KEYWORD
@@ -14,6 +15,8 @@ from lizardzoo.linearize import linearize
 from lizardzoo.testing.conformance.case import (
     Case,
     assert_close,
+    assert_same_tokens,
+    greedy,
     logits,
     logits_in_pieces,
     model_law,
@@ -37,6 +40,11 @@ def softmax_is_the_teacher_bit_for_bit(data: st.DataObject, case: Case) -> None:
         assert torch.equal(logits(kept, ids), expected), f"softmax everywhere, {implementation}"
         with softmax_mode(mixed):
             assert torch.equal(logits(mixed, ids, use_cache=False), expected), f"softmax_mode, {implementation}"
+            plain = greedy(teacher, ids, **past(DynamicCache()))
+            assert_same_tokens(greedy(mixed, ids, **past(DynamicCache())), plain, "softmax_mode, generating")
+            if mixed.mixers():
+                with refused("DynamicCache()"):
+                    mixed(ids)
 
 
 @model_law
