@@ -215,10 +215,18 @@ def test_of_the_same_scores_the_reference_holds_the_same_tokens(
     """What is seen at each query shows in outputs, what is held at the end in the state."""
     inputs, options = draw(1500).each(dtype), flags(1500) if packed else {}
     log_mass = mass_of(inputs, window, **options)
-    sizes = {"window": window, "heavy": heavy}
+    sizes: dict[str, Any] = {"window": window, "heavy": heavy, "half_life": 100.0}
     with torch.no_grad():
         *ours, state = heavy_attention(*inputs, log_mass, **sizes, **options, impl="triton")
-        monkeypatch.setattr(reference, "_drawn", lambda *_: choices[-1]["drawn"])
+        drawn = choices[-1]["drawn"]
+        heavy_attention(*inputs, log_mass, **{**sizes, "heavy": 1500}, **options, impl="triton")
+        everything = choices[-1]  # the score of each token that ever joined
+        keys, places = (everything[name][:, :, -1] for name in ("keys", "places"))
+        table = torch.zeros(2, 2, 1501, device=DEVICE)  # the last one for what is not there
+        slots = torch.where(keys >= 0, places - 1500, 1500).long()
+        table.scatter_(2, slots, (keys & 0x7FFFFFFF).int().view(torch.float32))
+        monkeypatch.setattr(reference, "_drawn", lambda *_: drawn)
+        monkeypatch.setattr(reference, "settled", lambda *_: table[:, :, :1500].transpose(1, 2))
         *theirs, expected = heavy_attention(*inputs, log_mass, **sizes, **options, impl="reference")
     assert state is not None and expected is not None
     for a, b in zip(sorted_state(state), sorted_state(expected), strict=True):
@@ -243,17 +251,25 @@ def test_everything_is_deterministic() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_splitting_a_sequence_changes_little(dtype: torch.dtype) -> None:
-    inputs, options = draw(1500).each(dtype), flags(1500)
+    inputs, options = draw(600).each(dtype), flags(600)
     log_mass = mass_of(inputs, 100, 4, **options)
     sizes: dict[str, Any] = {"window": 100, "keep": 4}
-    whole = heavy_attention(*inputs, log_mass, **sizes, heavy=70, **options, impl="triton")
+    whole = heavy_attention(*inputs, log_mass, **sizes, heavy=70, half_life=200.0, **options, impl="triton")
     pieces: list[Any] = []
     past = state = None
-    for start, end in itertools.pairwise([0, 1, 70, 1100, 1500]):
+    for start, end in itertools.pairwise([0, 1, 70, 450, 600]):
         part = {name: flag[:, start:end] for name, flag in options.items()}
         tensors = [x[:, start:end] for x in inputs]
         *output, state = heavy_attention(
-            *tensors, log_mass[:, start:end], **sizes, heavy=70, **part, past=past, state=state, impl="triton"
+            *tensors,
+            log_mass[:, start:end],
+            **sizes,
+            heavy=70,
+            half_life=200.0,
+            **part,
+            past=past,
+            state=state,
+            impl="triton",
         )
         *_, past = window_attention(*tensors, **sizes, **part, state=past, impl="triton")
         pieces.append(output)
