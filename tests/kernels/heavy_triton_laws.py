@@ -92,6 +92,8 @@ def test_equals_the_reference_with_all_gradients(case: Case) -> None:
     expected = heavy_attention(*arguments, **case.options, **case.flags, impl="reference")
     assert_same((y, log_mass), expected[:2], [case.q, case.k, case.v], 1e-5)
     assert_same_state(state, expected[2])
+    stateless = heavy_attention(*arguments, **case.options, **case.flags, return_state=False, impl="triton")
+    assert torch.equal(stateless[0], y) and torch.equal(stateless[1], log_mass) and stateless[2] is None
 
 
 @settings(max_examples=5, phases=PHASES)

@@ -245,6 +245,12 @@ class _Attention(torch.autograd.Function):
 def chunked(q, k, v, log_mass, window, keep, heavy, fade, scale, mask, starts, past, state, return_state):
     """All tokens of a sequence; see `lizardzoo.kernels.heavy.heavy_attention`."""
     count, seen = q.shape[1], past.length if past is not None else None
+    if seen is None and not return_state and count <= window + keep:  # nothing can have left the window
+        return (
+            q.new_zeros(*q.shape[:3], v.shape[3]),
+            torch.full_like(log_mass, float("-inf"), dtype=torch.float32),
+            None,
+        )
     rows = None
     if mask is not None or starts is not None:
         rows = arrange(q, mask, starts, seen)
