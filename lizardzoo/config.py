@@ -30,6 +30,8 @@ class MixerSpec:
     type_name: ClassVar[str] = ""
     keeps_softmax: ClassVar[bool] = False
     """True for the spec that leaves the layer's own attention as it is."""
+    continuous: ClassVar[bool] = True
+    """False where the mixer chooses among tokens, so that rounding may decide between two that count the same."""
 
     def __post_init__(self) -> None:
         hints = _field_types(cast(Hashable, type(self)))

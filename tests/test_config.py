@@ -70,10 +70,10 @@ def test_specs_are_frozen() -> None:
         (lambda: lz.Hybrid(merge="product"), "merge must be one of 'sum', 'none', 'joint'"),  # type: ignore[arg-type]
         (lambda: spec_from_dict({"window": 3}), "a layer is described as"),
         (lambda: spec_from_dict({"type": 3}), "a layer is described as"),
-        (lambda: spec_from_dict({"type": "windows"}), "unknown mixer 'windows'; there are: gated_linear, hybrid"),
+        (lambda: spec_from_dict({"type": "windows"}), "unknown mixer 'windows'; there are: gated_linear, heavy"),
         (lambda: spec_from_dict({"type": "window", "widht": 3}), "has no field 'widht'; its fields are: keep, sinks"),
         (lambda: resolve_layers(["window"] * 2, 3), "2 entries but the model has 3 layers"),
-        (lambda: resolve_layers("windows", 3), "unknown preset 'windows'; there are: gated-linear, lizard"),
+        (lambda: resolve_layers("windows", 3), "unknown preset 'windows'; there are: gated-linear, heavy"),
         (lambda: resolve_layers(3, 3), "layers is a list, a spec or a preset name"),  # type: ignore[arg-type]
         (lambda: resolve_layers([None], 1), "a layer is a spec, a preset name or a dict"),  # type: ignore[list-item]
     ],

@@ -109,7 +109,7 @@ def test_sink_logits_count_as_sinks(tiny_llama, text):
     model = lz.linearize(tiny_llama, lz.Window(window=WINDOW, keep=0, sinks=3))
     with torch.no_grad():
         for mixer in model.mixers().values():
-            mixer.window.sinks.fill_(50.0)
+            mixer.window.sinks.logits.fill_(50.0)
     for layer in lz.diagnose(model, text).layers:
         assert layer.sink_mass == pytest.approx([1.0] * 4)
         assert layer.shares == {"window": [1.0] * 4}

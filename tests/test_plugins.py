@@ -99,7 +99,7 @@ def test_a_taken_architecture_is_refused(family: Any) -> None:
 
 def test_an_unknown_mixer_lists_what_exists() -> None:
     with pytest.raises(
-        LizardzooError, match="unknown mixer 'toy_mean'; there are: gated_linear, hybrid, softmax, window"
+        LizardzooError, match="unknown mixer 'toy_mean'; there are: gated_linear, heavy, hybrid, softmax, window"
     ):
         spec_from_dict({"type": "toy_mean"})
 

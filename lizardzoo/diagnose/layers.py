@@ -172,7 +172,7 @@ def _masses(mixer: Mixer, inputs: MixerInputs, window: Branch | None, span: int)
     sink = (torch.einsum("bthd,bnhd->bthn", q.float(), kept) * scale - mass[..., None]).exp().sum(-1)
     sinks = getattr(getattr(mixer, "window", None), "sinks", None)
     if sinks is not None:
-        sink = sink + (sinks.logsumexp(-1) - mass).exp()
+        sink = sink + (sinks().logsumexp(-1) - mass).exp()
     return (covered - everything).exp().clamp(max=1), sink  # kept tokens may lie beyond the span
 
 

@@ -82,19 +82,39 @@ class LinearFields(MixerSpec):
         self.require(0 < self.gate_init < 1, "gate_init", "between 0 and 1")
 
 
+class Sinks(nn.Module):
+    """Meta memory: `logits` [m] fp32, shared by the layer's heads. Called, so that offloaded ones are there."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.empty(count, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        """They start at zero."""
+        start_value(self.logits, 0.0)
+
+    def forward(self) -> Tensor:
+        """The logits."""
+        return self.logits
+
+
 class WindowBranch(nn.Module):
-    """Sliding-window softmax with kept tokens and meta memory; `sinks` [m] fp32, shared by the layer's heads."""
+    """Sliding-window softmax with kept tokens and meta memory."""
 
     def __init__(self, spec: WindowFields, shape: AttentionShape) -> None:
         super().__init__()
         self.shape = shape
-        self.sinks = nn.Parameter(torch.empty(spec.sinks, dtype=torch.float32)) if spec.sinks else None
+        self.sinks = Sinks(spec.sinks) if spec.sinks else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sink logits start at zero."""
+        """Those of the sinks."""
         if self.sinks is not None:
-            start_value(self.sinks, 0.0)
+            self.sinks.reset_parameters()
+
+    def sink_logits(self) -> Tensor | None:
+        """[m] fp32; None without sinks."""
+        return None if self.sinks is None else self.sinks()
 
     def forward(
         self,
@@ -110,12 +130,12 @@ class WindowBranch(nn.Module):
         q, k = qk
         if state is not None and inputs.starts is None and q.shape[1] == 1:
             y, log_mass, state = window_attention_step(
-                q, k, inputs.v, state, keep=spec.keep, sinks=self.sinks, scale=self.shape.scale,
+                q, k, inputs.v, state, keep=spec.keep, sinks=self.sink_logits(), scale=self.shape.scale,
                 mask=inputs.mask, in_place=in_place, impl=impl,
             )  # fmt: skip
         else:
             y, log_mass, state = window_attention(
-                q, k, inputs.v, window=spec.window, keep=spec.keep, sinks=self.sinks, scale=self.shape.scale,
+                q, k, inputs.v, window=spec.window, keep=spec.keep, sinks=self.sink_logits(), scale=self.shape.scale,
                 mask=inputs.mask, starts=inputs.starts, state=state, return_state=need_state, impl=impl,
             )  # fmt: skip
         return Branch(y, log_mass), state

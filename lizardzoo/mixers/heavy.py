@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +28,8 @@ class Heavy(WindowFields):
         heavy: tokens behind the window that are held, chosen by each key head for itself.
         half_life: tokens in which what a token drew counts half as much as what later ones do; None: it never fades.
     """
+
+    continuous: ClassVar[bool] = False
 
     heavy: int = 128
     half_life: int | None = 256
@@ -74,7 +76,7 @@ class HeavyMixer(Mixer):
             return super().step_(inputs, state)
         q, k = inputs.rotated(self.impl) if self.spec.window_rope else (inputs.q, inputs.k)
         y, *_ = window_and_heavy_step(
-            q, k, inputs.v, *state, keep=self.spec.keep, half_life=self.spec.half_life, sinks=self.window.sinks,
+            q, k, inputs.v, *state, keep=self.spec.keep, half_life=self.spec.half_life, sinks=self.window.sink_logits(),
             scale=self.shape.scale, mask=inputs.mask, in_place=True, impl=self.impl,
         )  # fmt: skip
         return y

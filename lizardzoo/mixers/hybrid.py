@@ -142,7 +142,7 @@ class HybridMixer(Mixer):
             "feature_map": self.linear.feature_map(),
             "keep": self.spec.keep,
             "skip": self._lag_and_skip()[1],
-            "sinks": self.window.sinks,
+            "sinks": self.window.sink_logits(),
             "scale": self.shape.scale,
             "mask": inputs.mask,
             "impl": self.impl,

@@ -68,4 +68,5 @@ def next_state(
     """
     held_k, held_v = (x.gather(1, index[..., None].expand(*index.shape, x.shape[-1])) for x in (k, v))
     slots = (began[:, None] + ring_ranks(length, window) + window).clamp(min=0)
-    return HeavyState(held_k, held_v, score, rank.int(), take_tokens(drawn, slots))
+    state = HeavyState(held_k, held_v, score, rank.int(), take_tokens(drawn, slots))
+    return HeavyState(*(x.contiguous() for x in state))  # for steps in place

@@ -96,7 +96,10 @@ def a_narrow_model_keeps_its_new_parameters_wide(data: st.DataObject, case: Case
 
 @model_law
 def narrow_results_differ_by_rounding_only(data: st.DataObject, case: Case) -> None:
-    """In bf16, cast or loaded, the student is as far from itself in fp32 as the teacher is from itself, times 4."""
+    """In bf16, cast or loaded, the student is as far from itself in fp32 as the teacher is from itself, times 4.
+
+    Where a mixer is not `continuous`, rounding may change its choice, and only dtype and finiteness are held.
+    """
     ids = case.tokens(2, 25)
     wide = logits(case.student, ids)
     teacher = logits(copy.deepcopy(case.teacher).to(torch.bfloat16), ids)
@@ -106,7 +109,9 @@ def narrow_results_differ_by_rounding_only(data: st.DataObject, case: Case) -> N
         loaded = from_pretrained(folder, dtype=torch.bfloat16)
     for name, narrow in (("cast", case.copy().to(torch.bfloat16)), ("loaded", loaded)):
         answer = logits(narrow, ids)
-        assert answer.dtype == torch.bfloat16
+        assert answer.dtype == torch.bfloat16 and torch.isfinite(answer).all()
+        if not all(spec.continuous for spec in case.layers):
+            continue
         assert _error(answer, wide) <= budget, f"{name}: an error of {_error(answer, wide):.1e}, {budget:.1e} at most"
 
 
