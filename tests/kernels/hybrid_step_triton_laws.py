@@ -21,7 +21,7 @@ from lizardzoo.kernels.hybrid import step as fused
 from lizardzoo.kernels.rotary import rotate
 from lizardzoo.kernels.state import map_state, state_tensors
 from lizardzoo.kernels.window import ops as window_ops
-from tests.kernels.cases import error
+from tests.kernels.cases import error, poison
 from tests.kernels.test_hybrid import Case, assert_same_state, cases
 
 assert window_ops.INTERPRETED
@@ -32,14 +32,7 @@ TOLERANCE = 1e-4  # of fp32, with exp features in it
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel forgets to write shows as NaN."""
-    empty = torch.empty
-
-    def poisoned_empty(*arguments: Any, **options: Any) -> Tensor:
-        x = empty(*arguments, **options)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
+    poison(monkeypatch)
 
 
 def in_fp32(case: Case) -> Case:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lizardzoo.errors import LizardzooError
-from lizardzoo.kernels.launching import decisive, launch, power_of_2, strides, unit_stride
+from lizardzoo.kernels.launching import launch, power_of_2, prepared, strides, unit_stride
 from lizardzoo.kernels.rows import arrange, unroll
 from lizardzoo.kernels.state import writable
 from lizardzoo.kernels.window import triton as kernels
@@ -85,23 +85,32 @@ NUMBERS = "SymInt window, SymInt keep, SymInt offset, float scale"
 
 
 def attend(q, k, v, sink, first, lengths, window, keep, offset, scale):
-    """y, log_mass. k, v [B, offset + T, Hkv, D]; sink [H]; first [B] or [B, T], lengths [B]: int32."""
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    """y, log_mass; in a `prepared` function.
+
+    k, v [B, offset + T, Hkv, D], with `unit_stride` as q; sink [H]; first [B] or [B, T], lengths [B]: int32.
+    """
     batch, count, heads, _ = q.shape
     y = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
     log_mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
     tiles, options = _tiles("forward", q, v)
     launch(
         kernels.forward_kernel, (batch * k.shape[2] * _cdiv(count * (heads // k.shape[2]), tiles["M"]),),
-        (*decisive(q, k, v), sink is None, first is None, lengths is None),
         (q, k, v, sink, first, lengths, y, log_mass), (count, window, keep, offset, scale, *strides(q, k, v)),
         {**_sizes(q, k, v, first), "KEEP": keep > 0, **tiles, "R": KEPT_BLOCK}, **options,
     )  # fmt: skip
     return y, log_mass
 
 
+_attend = prepared(attend)
+
+
+def compute(q, k, v, *rest):
+    """y, log_mass of one call."""
+    return _attend(unit_stride(q), unit_stride(k), unit_stride(v), *rest)
+
+
 _attention = torch.library.custom_op(
-    "lizardzoo::window_attention", attend, mutates_args=(), schema=f"({SIGNATURE}, {NUMBERS}) -> (Tensor, Tensor)"
+    "lizardzoo::window_attention", compute, mutates_args=(), schema=f"({SIGNATURE}, {NUMBERS}) -> (Tensor, Tensor)"
 )
 
 
@@ -111,19 +120,16 @@ def _(q, k, v, sink, first, lengths, window, keep, offset, scale):
 
 
 def gradients(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, window, keep, offset, scale):
-    """Gradients of q, k and v, and delta = dy.y - dlog_mass.
+    """Gradients of q, k and v, and delta = dy.y - dlog_mass; in a `prepared` function.
 
-    y and log_mass may be those of a larger sum that has other terms beside the window's.
+    q, k, v as in `attend`, the others contiguous. y and log_mass may be those of a larger sum that has other terms
+    beside the window's.
     """
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    dy = dy.contiguous()
-    dlog_mass = None if dlog_mass is None else dlog_mass.contiguous()
     batch, count, heads, _ = q.shape
     kv_heads, groups = k.shape[2], heads // k.shape[2]
     delta = torch.empty_like(log_mass)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     numbers = (count, window, keep, offset, scale, *strides(q, k, v))
-    form = (*decisive(q, k, v, y, dy), first is None, lengths is None, dlog_mass is None)
     sizes = _sizes(q, k, v, first)
     tiles, options = _tiles("query", q, v)
     chunks, in_chunk = _cdiv(count, CHUNK) - 1 if keep else 0, CHUNK * groups // tiles["M"]
@@ -131,18 +137,18 @@ def gradients(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, window,
     later = grid - in_chunk if chunks else 0
     parts, sums = (torch.empty(columns, n, width, dtype=torch.float32, device=q.device) for n in (later, chunks))
     launch(
-        kernels.query_gradient_kernel, (columns * grid,), form,
+        kernels.query_gradient_kernel, (columns * grid,),
         (q, k, v, first, lengths, y, log_mass, dy, dlog_mass, delta, dq, parts), numbers,
         {**sizes, "KEEP": keep > 0, **tiles, "R": KEPT_BLOCK, "C": CHUNK}, **options,
     )  # fmt: skip
     if chunks:
         launch(
-            kernels.sum_parts_kernel, (columns * chunks, _cdiv(width, SUMMED)), (), (parts, sums), (later, width),
+            kernels.sum_parts_kernel, (columns * chunks, _cdiv(width, SUMMED)), (parts, sums), (later, width),
             {"TILES": in_chunk, "BLOCK": SUMMED}, num_warps=1,
         )  # fmt: skip
     tiles, options = _tiles("key", q, v)
     launch(
-        kernels.key_gradient_kernel, (columns * _cdiv(offset + count, tiles["N"]),), form,
+        kernels.key_gradient_kernel, (columns * _cdiv(offset + count, tiles["N"]),),
         (q, k, v, first, lengths, log_mass, dy, delta, sums, dk, dv), numbers,
         {**sizes, "KEEP": keep > 0, **tiles, "C": CHUNK}, **options,
     )  # fmt: skip
@@ -157,9 +163,16 @@ def sink_gradient(sink, log_mass, delta):
     return -torch.where(share > 0, share * delta, 0.0).sum((0, 1))
 
 
-def compute_backward(q, k, v, sink, first, lengths, y, log_mass, *arguments):
+_gradients = prepared(gradients)
+
+
+def compute_backward(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, *numbers):
     """Gradients of q, k, v, and of sink (empty without one)."""
-    dq, dk, dv, delta = gradients(q, k, v, sink, first, lengths, y, log_mass, *arguments)
+    dlog_mass = None if dlog_mass is None else dlog_mass.contiguous()
+    dq, dk, dv, delta = _gradients(
+        unit_stride(q), unit_stride(k), unit_stride(v), sink, first, lengths, y, log_mass, dy.contiguous(), dlog_mass,
+        *numbers,
+    )  # fmt: skip
     dsink = sink_gradient(sink, log_mass, delta)
     return dq, dk, dv, q.new_empty(0, dtype=torch.float32) if dsink is None else dsink
 
@@ -201,7 +214,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = attend(*inputs)
+        output = compute(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
