@@ -104,7 +104,7 @@ class Launch:
         self.inputs = inputs
         q, v = inputs.q, inputs.v
         self.batch, self.count, self.heads, self.head_dim = q.shape
-        self.kv_heads, self.value_dim, self.device = v.shape[2], v.shape[3], q.device
+        self.kv_heads, self.value_dim = v.shape[2], v.shape[3]
         gates = (inputs.log_decay, inputs.log_input)
         self.decays, self.enters = (0 if gate is None else gate.shape[2] for gate in gates)
         self.state_heads = state_heads(self.heads, self.kv_heads, self.decays, self.enters)
@@ -171,21 +171,22 @@ class Launch:
         return (self.inputs.q, self.inputs.q) if query is None or key is None else (query, key)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        return self.inputs.q.new_empty(shape, dtype=dtype)
 
-    def saved(self, whole: Tensor | None = None) -> tuple[Tensor, Saved]:
-        """Bytes that hold it all (empty ones unless given), and its parts."""
+    def saved_bytes(self) -> tuple[int, list[tuple[int, tuple[int, ...], torch.dtype]]]:
+        """Bytes that `Saved` takes, and where each of its parts begins, its shape and its dtype."""
         gate = ((self.batch, self.state_heads, self.count), torch.float32)
-        parts = [*self.state_shapes(), gate, gate, ((self.rows, self.chunks), torch.float32)]
-        ends = [0]
-        for shape, dtype in parts:
-            ends.append(ends[-1] + -(-prod(shape) * dtype.itemsize // ALIGNED) * ALIGNED)
-        bytes_ = self.empty(ends[-1], dtype=torch.uint8) if whole is None else whole
-        views = [
-            bytes_[start : start + prod(shape) * dtype.itemsize].view(dtype).view(shape)
-            for start, (shape, dtype) in zip(ends, parts)
-        ]
-        return bytes_, Saved(*views)
+        parts, end = [], 0
+        for shape, dtype in (*self.state_shapes(), gate, gate, ((self.rows, self.chunks), torch.float32)):
+            parts.append((end, shape, dtype))
+            end += -(-prod(shape) * dtype.itemsize // ALIGNED) * ALIGNED
+        return end, parts
+
+    def saved(self, whole: Any = None) -> tuple[Any, Saved]:
+        """The bytes that hold it all (new ones unless given), and its parts; in a `prepared` function."""
+        size, parts = self.saved_bytes()
+        whole = self.empty(size, dtype=torch.uint8) if whole is None else whole
+        return whole, Saved(*(whole.part(*part) for part in parts))
 
     def memory(self) -> list[Tensor]:
         """A memory as it comes in and goes out: kv [B, Hs, 2F, D], norm and scale [B, Hs, 2F]."""
@@ -321,7 +322,7 @@ def backward(
     numbers = (count, call.chunks, call.shift)
     heads_of = (*strides(q, k, v), query_heads, key_heads)
     z_dtype = torch.float32 if q.dtype == torch.float16 else q.dtype  # gradients of far tokens' logits vanish in fp16
-    d_z, sides = call.empty(*q.shape[:3], call.half, dtype=z_dtype), torch.empty_like(log_mass)
+    d_z, sides = call.empty(*q.shape[:3], call.half, dtype=z_dtype), call.empty(*log_mass.shape)
     call.run(
         triton_backward.query_gradients,
         (q, k, v, *gates, *maps, *before[:3], d_y, log_mass, delta, d_z, sides),
@@ -402,7 +403,7 @@ def _shared_gradient(gradient: Tensor | None, gate: Tensor | None) -> Tensor | N
 
 def deltas(y: Tensor, d_y: Tensor, d_log_mass: Tensor | None) -> Tensor:
     """dy.y - dlog_mass, [B, T, H]; in a `prepared` function."""
-    delta = torch.empty(y.shape[:3], dtype=torch.float32, device=y.device)
+    delta = y.new_empty(y.shape[:3], dtype=torch.float32)
     sizes = {"V": y.shape[3], "BV": power_of_2(y.shape[3]), "ROWS": 64}
     pointers, numbers = (y, d_y, d_log_mass, delta), (delta.numel(),)
     launch(triton_backward.deltas, (-(-delta.numel() // 64),), pointers, numbers, sizes)

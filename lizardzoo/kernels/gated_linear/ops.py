@@ -16,6 +16,7 @@ from lizardzoo.kernels.features import FeatureMap
 from lizardzoo.kernels.gated_linear import launch, triton_step
 from lizardzoo.kernels.gated_linear.launch import NEG_INF, Gradients, Inputs, Launch
 from lizardzoo.kernels.gated_linear.state import next_state
+from lizardzoo.kernels.launching import launch as start
 from lizardzoo.kernels.launching import power_of_2, prepared
 from lizardzoo.kernels.rows import Rows, arrange, unroll
 from lizardzoo.kernels.state import writable
@@ -58,7 +59,7 @@ def fake(inputs: Inputs) -> tuple[Tensor, ...]:
     y = call.empty(*call.inputs.q.shape[:3], call.value_dim, dtype=call.inputs.q.dtype)
     maps = (inputs.query_map, inputs.key_map)
     narrow = [inputs.q.new_empty(0) if x is None or x.dtype == call.operand else x.to(call.operand) for x in maps]
-    return y, call.empty(*y.shape[:3]), *call.memory(), call.saved()[0], *narrow
+    return y, call.empty(*y.shape[:3]), *call.memory(), call.empty(call.saved_bytes()[0], dtype=torch.uint8), *narrow
 
 
 @operator.register_fake
@@ -288,6 +289,27 @@ class StepSizes(NamedTuple):
         return cls(dim, half, features, value_dim, *blocks, groups, rows, times, depth, precision)
 
 
+@prepared
+def _launch_step(  # type: ignore[no-untyped-def]
+    q, k, v, log_decay, log_input, query_map, key_map, mask, kv, norm, scale, ring_k, ring_v, ring_decay, ring_input,
+    length, activation, skip,
+):  # fmt: skip
+    (batch, state_heads), kv_heads, lag = kv.shape[:2], k.shape[2], ring_k.shape[1]
+    y, log_mass = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+    gates = {"DECAYS": ring_decay.shape[2], "ENTERS": ring_input.shape[2]}
+    tokens, rings = (k, v, log_decay, log_input), (ring_k, ring_v, ring_decay, ring_input, length)
+    start(
+        triton_step.step, (batch * state_heads,),
+        (q, *tokens, query_map, key_map, mask, kv, norm, scale, *rings, y, log_mass),
+        (lag, skip, *(1 if x is None else x.shape[0] for x in (query_map, key_map))),
+        {"HS": state_heads, "R": state_heads // kv_heads, **gates, "LAG": lag > 0, **StepSizes.of(q, v, kv)._asdict(),
+         "MAP": activation, "N": 128}, num_warps=8,
+    )  # fmt: skip
+    sizes = {"KEYS": kv_heads * k.shape[3], "VALUES": kv_heads * v.shape[3], **gates, "BLOCK": 1024}
+    start(triton_step.push, (batch,), (*tokens, mask, *rings), (lag,), sizes, num_warps=4)
+    return y, log_mass
+
+
 @torch.library.custom_op(
     "lizardzoo::gated_linear_step",
     mutates_args=("kv", "norm", "scale", "ring_k", "ring_v", "ring_decay", "ring_input", "length"),
@@ -298,23 +320,10 @@ def gated_linear_step(
     ring_v: Tensor, ring_decay: Tensor, ring_input: Tensor, length: Tensor, activation: str, skip: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, log_mass; the state moves on in place. All tensors are contiguous."""
-    (batch, state_heads), kv_heads, lag = kv.shape[:2], k.shape[2], ring_k.shape[1]
-    y = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
-    log_mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    gates = {"DECAYS": ring_decay.shape[2], "ENTERS": ring_input.shape[2]}
-    rings = (ring_k, ring_v, ring_decay, ring_input, length)
-    with torch.cuda.device_of(q):  # Triton launches on the current one
-        triton_step.step[(batch * state_heads,)](
-            q, k, v, log_decay, log_input, query_map, key_map, mask, kv, norm, scale, *rings, y, log_mass, lag, skip,
-            1 if query_map is None else query_map.shape[0], 1 if key_map is None else key_map.shape[0],
-            HS=state_heads, R=state_heads // kv_heads, **gates, LAG=lag > 0, **StepSizes.of(q, v, kv)._asdict(),
-            MAP=activation, N=128, num_warps=8,
-        )  # fmt: skip
-        triton_step.push[(batch,)](
-            k, v, log_decay, log_input, mask, *rings, lag, KEYS=kv_heads * k.shape[3], VALUES=kv_heads * v.shape[3],
-            **gates, BLOCK=1024, num_warps=4,
-        )  # fmt: skip
-    return y, log_mass
+    return _launch_step(
+        q, k, v, log_decay, log_input, query_map, key_map, mask, kv, norm, scale, ring_k, ring_v, ring_decay,
+        ring_input, length, activation, skip,
+    )  # fmt: skip
 
 
 @gated_linear_step.register_fake

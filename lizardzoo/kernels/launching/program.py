@@ -3,20 +3,69 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
+from math import prod
 from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 PROGRAMS = 1_000
 """That a function keeps; a new length is a new one."""
 ALIGNED = 256
 """Bytes that a piece of scratch memory begins at a multiple of; torch's allocator has 512 on a device, 64 on a CPU."""
 _TRACE = threading.local()
+
+
+class Outline:
+    """What a `prepared` function sees of a tensor: all but its numbers, so that nothing can be computed of them.
+
+    Attributes:
+        shape, dtype, ndim, stride, element_size, numel, new_empty: as of a tensor.
+        memory: the argument's place among the arguments; of one's own memory, below zero, a number for each.
+        offset: bytes from the beginning of that memory.
+    """
+
+    __slots__ = ("dtype", "memory", "offset", "shape", "strides")
+
+    def __init__(
+        self, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, memory: int, offset: int = 0
+    ):  # fmt: skip
+        self.shape, self.strides, self.dtype = tuple(shape), tuple(strides), dtype
+        self.memory, self.offset = memory, offset
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def stride(self, axis: int | None = None) -> Any:
+        return self.strides if axis is None else self.strides[axis]
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    def new_empty(self, shape: Sequence[int], dtype: torch.dtype | None = None) -> Outline:
+        """An allocation: an output if the function returns it, scratch memory otherwise."""
+        made: list[Outline] = _TRACE.current.made
+        made.append(_contiguous(shape, dtype or self.dtype, -1 - len(made)))
+        return made[-1]
+
+    def part(self, offset: int, shape: Sequence[int], dtype: torch.dtype) -> Outline:
+        """What lies `offset` bytes behind the beginning of this contiguous tensor."""
+        return _contiguous(shape, dtype, self.memory, self.offset + offset)
+
+
+def _contiguous(shape: Sequence[int], dtype: torch.dtype, memory: int, offset: int = 0) -> Outline:
+    strides, step = [], 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return Outline(shape, strides[::-1], dtype, memory, offset)
 
 
 class Launch(NamedTuple):
@@ -30,14 +79,6 @@ class Launch(NamedTuple):
     options: dict[str, Any]
 
 
-class Place(NamedTuple):
-    """Where a pointer points: the memory, bytes from its beginning, and a tensor there."""
-
-    memory: int
-    offset: int
-    like: Tensor
-
-
 class Call(NamedTuple):
     """A launch whose compiled form is known: how to call it, and under a watch; of all pointers its own; the rest."""
 
@@ -47,62 +88,39 @@ class Call(NamedTuple):
     rest: tuple[Any, ...]
 
 
-class _Trace(TorchDispatchMode):
-    """Notes the launches of a function on meta tensors, and where their tensors lie."""
+class _Trace:
+    """The launches of a function and the memory that it makes; of each pointer, once, memory, offset and dtype."""
 
-    def __init__(self, stand_ins: list[Any]):
-        super().__init__()
+    def __init__(self) -> None:
         self.launches: list[Launch] = []
-        self.places: list[Place] = []
-        self.numbers: dict[tuple[int, int, torch.dtype], int] = {}
-        self.stand_ins = {_memory(x): number for number, x in enumerate(stand_ins) if isinstance(x, Tensor)}
-        self.made: dict[int, Tensor] = {}
+        self.made: list[Outline] = []
+        self.places: dict[tuple[int, int, torch.dtype], int] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        aten = torch.ops.aten
-        allocates = func.overloadpacket in (aten.empty, aten.empty_like, aten.new_empty)
-        # A program would run without the operation: its results would be those of the first call, or of none.
-        assert allocates or func.is_view, f"a prepared function allocates, views and launches, got {func}"
-        result = func(*args, **(kwargs or {}))
-        if allocates:
-            self.made[_memory(result)] = result
-        return result
-
-    def number(self, x: Tensor | None) -> int:
+    def number(self, x: Outline | None) -> int:
         """Of the place that x points to."""
-        if x is None:
-            return 0
-        memory, offset = _memory(x), int(x.storage_offset()) * x.element_size()
-        number = self.numbers.setdefault((memory, offset, x.dtype), len(self.places) + 1)
-        if number > len(self.places):
-            self.places.append(Place(memory, offset, x))
-        return number
-
-
-def _memory(x: Tensor) -> int:
-    """The same number for all tensors of one allocation, while it lives."""
-    return int(x.untyped_storage()._cdata)
+        return 0 if x is None else self.places.setdefault((x.memory, x.offset, x.dtype), len(self.places) + 1)
 
 
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    pointers: tuple[Tensor | None, ...],
+    pointers: tuple[Any, ...],
     numbers: tuple[float, ...],
     constants: dict[str, Any],
     **options: Any,
 ) -> None:
     """`kernel[grid](*pointers, *numbers, **constants, **options)`, in a `prepared` function.
 
-    constants: the kernel's compile-time arguments, in its own order, behind all others.
+    pointers: the `Outline`s of tensors, or None; constants: the compile-time arguments, behind all others in the kernel.
     """
+    assert len(pointers) > 1, "of one pointer alone, `itemgetter` would not give a tuple"
     trace: _Trace = _TRACE.current
     names = kernel.arg_names[len(pointers) + len(numbers) :]
-    assert names == list(constants), f"compile-time arguments are {names}, got {list(constants)}"
-    assert len(pointers) > 1
+    assert set(names) == set(constants), f"compile-time arguments are {names}, got {list(constants)}"
     width, height, depth = (*grid, 1, 1)[:3]
     places = tuple([trace.number(x) for x in pointers])
-    trace.launches.append(Launch(kernel, (width, height, depth), places, numbers, constants, options))
+    ordered = {name: constants[name] for name in names}  # a compiled form is called by position
+    trace.launches.append(Launch(kernel, (width, height, depth), places, numbers, ordered, options))
 
 
 class Program:
@@ -114,41 +132,38 @@ class Program:
     """
 
     def __init__(self, function: Callable[..., tuple[Any, ...]], arguments: tuple[Any, ...]):
-        stand_ins = [
-            torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") if isinstance(x, Tensor) else x
-            for x in arguments
+        outlines = [
+            Outline(x.shape, x.stride(), x.dtype, place) if isinstance(x, Tensor) else x
+            for place, x in enumerate(arguments)
         ]
-        trace = _Trace(stand_ins)
-        _TRACE.current = trace
+        _TRACE.current = trace = _Trace()
         try:
-            with torch.no_grad(), trace:
-                returned = function(*stand_ins)
+            returned = function(*outlines)
         finally:
             del _TRACE.current
         self.launches = trace.launches
         # Bases are the arguments, then the scratch memory, then the outputs.
-        bases = {memory: (number, 0) for memory, number in trace.stand_ins.items()}
-        self.outputs: list[tuple[torch.Size, torch.dtype]] = []
+        bases = {place: (place, 0) for place in range(len(arguments))}
+        self.outputs: list[tuple[tuple[int, ...], torch.dtype]] = []
         self.returned: list[tuple[int | None, Any]] = []  # number of an output, or what it is in its place
         for x in returned:
-            if not isinstance(x, Tensor):
+            if not isinstance(x, Outline):
                 self.returned.append((None, x))
                 continue
-            memory = _memory(x)
-            own = trace.made.get(memory)
+            own = trace.made[-1 - x.memory] if x.memory < 0 else None
             whole = own is not None and (own.shape, own.dtype) == (x.shape, x.dtype)
             assert whole, f"a prepared function returns whole tensors of its own, got a {list(x.shape)} that is none"
-            if memory not in bases:
+            if x.memory not in bases:
                 self.outputs.append((x.shape, x.dtype))
-                bases[memory] = len(arguments) + len(self.outputs), 0
-            self.returned.append((bases[memory][0] - len(arguments) - 1, None))
+                bases[x.memory] = len(arguments) + len(self.outputs), 0
+            self.returned.append((bases[x.memory][0] - len(arguments) - 1, None))
         self.scratch = 0
-        for memory, x in trace.made.items():
-            if memory not in bases:
-                bases[memory] = len(arguments), self.scratch
-                self.scratch += -(-x.untyped_storage().nbytes() // ALIGNED) * ALIGNED
-        self.places = [(bases[at.memory][0], bases[at.memory][1] + at.offset) for at in trace.places]
-        self.likes = [at.like for at in trace.places]
+        for x in trace.made:
+            if x.memory not in bases:
+                bases[x.memory] = len(arguments), self.scratch
+                self.scratch += -(-x.numel() * x.element_size() // ALIGNED) * ALIGNED
+        self.places = [(bases[memory][0], bases[memory][1] + offset) for memory, offset, _ in trace.places]
+        self.dtypes = [dtype for _, _, dtype in trace.places]
         self.calls: list[Call] = []
         self.watched: Callable[[], bool] = bool
 
@@ -174,31 +189,35 @@ class Program:
         """Launch as Triton does, on tensors: it compiles, or finds, the form that each launch takes from now on."""
         from lizardzoo.kernels.launching import triton
 
-        tensors = [_view(bases[base], offset, like) for (base, offset), like in zip(self.places, self.likes)]
+        tensors = [_pointer(bases[base], offset, dtype) for (base, offset), dtype in zip(self.places, self.dtypes)]
         pointers, calls = [None, *tensors], []
         for kernel, grid, numbers_of, numbers, constants, options in self.launches:
             compiled = kernel[grid](*[pointers[number] for number in numbers_of], *numbers, **constants, **options)
             if compiled is not None:  # Triton's interpreter compiles nothing
                 rest = (*numbers, *constants.values())
                 fast, told = triton.callers(compiled, grid)
-                calls.append(Call(fast, told, itemgetter(*numbers_of), rest))
+                own = itemgetter(*numbers_of)
+                calls.append(Call(fast, told, own, rest))
         self.watched, self.calls = triton.watched, calls  # all or none: a launch that Triton refuses is refused again
+        if calls:
+            self.launches, self.dtypes = [], []
 
 
-def _view(base: Tensor, offset: int, like: Tensor) -> Tensor:
-    """The tensor that lies `offset` bytes behind the beginning of base, with the shape, strides and dtype of `like`."""
-    start = base.storage_offset() * base.element_size() + offset
-    found = torch.empty(0, dtype=like.dtype, device=base.device)
-    return found.set_(base.untyped_storage(), start // like.element_size(), like.shape, like.stride())
+def _pointer(base: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
+    """A tensor that begins `offset` bytes behind the beginning of base, as a kernel takes it: its shape is nothing."""
+    storage, start = base.untyped_storage(), base.storage_offset() * base.element_size() + offset
+    size = (min(1, max(0, storage.nbytes() - start)),)  # an empty tensor has no address
+    return torch.empty(0, dtype=dtype, device=base.device).set_(storage, int(start) // dtype.itemsize, size, (1,))
 
 
 def prepared(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
-    """A function that allocates (torch.empty), views and launches, as fast as it can be done again.
+    """A function that allocates (by `new_empty` of an argument) and launches, as fast as it can be done again.
 
-    Its arguments are tensors, None, and what can be hashed; it is traced on meta tensors for each kind of them: shapes,
-    strides, dtypes, devices, which of them are None, alignment, and the value of all that is no tensor. So it
-    may decide by all of these, but not by numbers in a tensor. It returns a tuple of tensors that it has allocated, of
-    None and of plain values; all its other memory is scratch, one allocation. Arguments may be written to.
+    Its arguments are tensors, None, and what can be hashed. It is traced once for each kind of them: shapes, strides,
+    dtypes, devices, which of them are None, alignment, and the value of all that is no tensor. It sees an `Outline` of
+    each tensor, so it may decide by all of these, and by nothing else. It returns a tuple of tensors that it has
+    allocated, of None and of plain values; all its other memory is scratch, one allocation. Kernels may write to
+    arguments.
 
     What the first call of a kind launches goes Triton's way and decides the compiled forms; later calls launch the same
     forms by address, on torch's current stream. Under Triton's interpreter every call is a first one.
@@ -220,7 +239,7 @@ def prepared(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[An
                 addresses.append(0)
                 kind.append(x)
         if together % 16:  # Triton compiles another form for a pointer that is no multiple of 16
-            kind.append(tuple([address % 16 == 0 for address in addresses]))
+            kind.append(tuple([address % 16 for address in addresses]))
         assert device is not None, f"{function.__name__} takes a tensor"
         key = tuple(kind)
         program = programs.get(key)

@@ -21,7 +21,7 @@ def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tens
 
 @prepared
 def _launch(q, k, cos, sin, transposed):
-    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+    q_out, k_out = (x.new_empty(x.shape) for x in (q, k))
     (batch, count, heads, dim), kv_heads = q.shape, k.shape[2]
     block = 1 << (dim // 2 - 1).bit_length()
     rows = max(1, TILE // block)

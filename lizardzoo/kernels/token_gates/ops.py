@@ -72,7 +72,7 @@ def _tile(x: Tensor, columns: int) -> tuple[str, dict[str, int]]:
 def _launch(x, sigmoids, *parameters):
     weights, biases = _halves(parameters)
     count = x.shape[0]
-    found = [torch.empty(count, weight.shape[1], dtype=torch.float32, device=x.device) for weight in weights]
+    found = [x.new_empty((count, weight.shape[1]), dtype=torch.float32) for weight in weights]
     columns, sizes = _sizes(x, weights, sigmoids)
     pointers = (x, *_three(weights), *_three(biases), *_three(found))
     numbers, (operand, tile) = (count, x.stride(0)), _tile(x, columns)
@@ -103,9 +103,9 @@ def _launch_backward(x, sigmoids, tokens, *parameters):
     across, blocks = -(-x.shape[1] // tile["BK"]), max(1, -(-count // tile["BM"]))
     span = -(-blocks // max(1, PROGRAMS // across))
     parts = -(-blocks // span)
-    d_x = torch.empty(x.shape if tokens else (0,), dtype=x.dtype, device=x.device)
-    d_w = torch.empty(parts, x.shape[1], columns, dtype=torch.float32, device=x.device)
-    d_b = torch.empty(parts, columns, dtype=torch.float32, device=x.device)
+    d_x = x.new_empty(x.shape if tokens else (0,))
+    d_w = x.new_empty((parts, x.shape[1], columns), dtype=torch.float32)
+    d_b = x.new_empty((parts, columns), dtype=torch.float32)
     launch(
         kernels.gradient_kernel, (across, parts),
         (x, *_three(weights), *_three(found), *_three(given), d_x, d_w, d_b),

@@ -90,8 +90,7 @@ def attend(q, k, v, sink, first, lengths, window, keep, offset, scale):
     k, v [B, offset + T, Hkv, D], with `unit_stride` as q; sink [H]; first [B] or [B, T], lengths [B]: int32.
     """
     batch, count, heads, _ = q.shape
-    y = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
-    log_mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    y, log_mass = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
     tiles, options = _tiles("forward", q, v)
     launch(
         kernels.forward_kernel, (batch * k.shape[2] * _cdiv(count * (heads // k.shape[2]), tiles["M"]),),
@@ -127,15 +126,15 @@ def gradients(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, window,
     """
     batch, count, heads, _ = q.shape
     kv_heads, groups = k.shape[2], heads // k.shape[2]
-    delta = torch.empty_like(log_mass)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta = log_mass.new_empty(log_mass.shape)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     numbers = (count, window, keep, offset, scale, *strides(q, k, v))
     sizes = _sizes(q, k, v, first)
     tiles, options = _tiles("query", q, v)
     chunks, in_chunk = _cdiv(count, CHUNK) - 1 if keep else 0, CHUNK * groups // tiles["M"]
     columns, grid, width = batch * kv_heads, _cdiv(count * groups, tiles["M"]), keep * (k.shape[3] + v.shape[3])
     later = grid - in_chunk if chunks else 0
-    parts, sums = (torch.empty(columns, n, width, dtype=torch.float32, device=q.device) for n in (later, chunks))
+    parts, sums = (q.new_empty((columns, n, width), dtype=torch.float32) for n in (later, chunks))
     launch(
         kernels.query_gradient_kernel, (columns * grid,),
         (q, k, v, first, lengths, y, log_mass, dy, dlog_mass, delta, dq, parts), numbers,
@@ -270,6 +269,27 @@ def chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_sta
     return y, log_mass, new_state
 
 
+@prepared
+def _launch_step(q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, scale):
+    (batch, _, heads, _), kv_heads = q.shape, k.shape[2]
+    y, log_mass = q.new_empty((batch, 1, heads, v.shape[3])), q.new_empty((batch, 1, heads), dtype=torch.float32)
+    shape = {name: value for name, value in _sizes(q, k, v, None).items() if name != "DOCUMENTS"}
+    wide = max(shape["BLOCK_DK"], shape["BLOCK_DV"]) * q.element_size()  # N: what the shared memory holds, two stages
+    tile = {
+        "M": power_of_2(heads // kv_heads),
+        "N": 16 if INTERPRETED else min(64, max(16, 8192 // wide)),
+    }
+    launch(
+        kernels.step_kernel, (batch * kv_heads,),
+        (q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, y, log_mass),
+        (ring_k.shape[1], kept_k.shape[1], 0 if sinks is None else sinks.shape[-1], scale,
+         *(x.stride(axis) for x in (q, k, v) for axis in (0, 2)),
+         0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1]),
+        {**shape, **tile, "R": KEPT_BLOCK}, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return y, log_mass
+
+
 @torch.library.custom_op(
     "lizardzoo::window_attention_step", mutates_args=("ring_k", "ring_v", "kept_k", "kept_v", "length")
 )
@@ -278,24 +298,9 @@ def _step(
     sinks: Tensor | None, mask: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, log_mass; the (contiguous) state moves on in place."""
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    (batch, _, heads, _), kv_heads = q.shape, k.shape[2]
-    y = torch.empty(batch, 1, heads, v.shape[3], dtype=q.dtype, device=q.device)
-    log_mass = torch.empty(batch, 1, heads, dtype=torch.float32, device=q.device)
-    shape = {name: value for name, value in _sizes(q, k, v, None).items() if name != "DOCUMENTS"}
     sinks, mask = (None if x is None else x.contiguous() for x in (sinks, mask))
-    wide = max(shape["BLOCK_DK"], shape["BLOCK_DV"]) * q.element_size()  # N: what the shared memory holds, two stages
-    tile = {
-        "M": power_of_2(heads // kv_heads),
-        "N": 16 if INTERPRETED else min(64, max(16, 8192 // wide)),
-    }
-    with torch.cuda.device_of(q):  # Triton launches on the current one
-        kernels.step_kernel[(batch * kv_heads,)](
-            q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, y, log_mass, ring_k.shape[1], kept_k.shape[1],
-            0 if sinks is None else sinks.shape[-1], scale, *(x.stride(axis) for x in (q, k, v) for axis in (0, 2)),
-            0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], **shape, **tile, R=KEPT_BLOCK,
-            num_warps=4, num_stages=2,
-        )  # fmt: skip
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    y, log_mass = _launch_step(q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, scale)
     length += 1 if mask is None else mask[:, 0]
     return y, log_mass
 
