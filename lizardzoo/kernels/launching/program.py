@@ -111,7 +111,7 @@ def launch(
 ) -> None:
     """`kernel[grid](*pointers, *numbers, **constants, **options)`, in a `prepared` function.
 
-    pointers: the `Outline`s of tensors, or None; constants: the compile-time arguments, behind all others in the kernel.
+    pointers: `Outline`s of tensors, or None; constants: the compile-time arguments, which the kernel has last.
     """
     assert len(pointers) > 1, "of one pointer alone, `itemgetter` would not give a tuple"
     trace: _Trace = _TRACE.current
@@ -196,11 +196,8 @@ class Program:
             if compiled is not None:  # Triton's interpreter compiles nothing
                 rest = (*numbers, *constants.values())
                 fast, told = triton.callers(compiled, grid)
-                own = itemgetter(*numbers_of)
-                calls.append(Call(fast, told, own, rest))
+                calls.append(Call(fast, told, itemgetter(*numbers_of), rest))
         self.watched, self.calls = triton.watched, calls  # all or none: a launch that Triton refuses is refused again
-        if calls:
-            self.launches, self.dtypes = [], []
 
 
 def _pointer(base: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
