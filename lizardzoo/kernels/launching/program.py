@@ -17,6 +17,7 @@ PROGRAMS = 1_000
 ALIGNED = 256
 """Bytes that a piece of scratch memory begins at a multiple of; torch's allocator has 512 on a device, 64 on a CPU."""
 _TRACE = threading.local()
+_PREPARED: list[dict[tuple[Any, ...], Program]] = []
 
 
 class Outline:
@@ -212,7 +213,8 @@ def prepared(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[An
 
     Its arguments are tensors, None, and what can be hashed. It is traced once for each kind of them: shapes, strides,
     dtypes, devices, which of them are None, alignment, and the value of all that is no tensor. It sees an `Outline` of
-    each tensor, so it may decide by all of these, and by nothing else. It returns a tuple of tensors that it has
+    each tensor, so it may decide by all of these, and by tables that stay as they are (else: `forget`). It returns a
+    tuple of tensors that it has
     allocated, of None and of plain values; all its other memory is scratch, one allocation. Kernels may write to
     arguments.
 
@@ -220,6 +222,7 @@ def prepared(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[An
     forms by address, on torch's current stream. Under Triton's interpreter every call is a first one.
     """
     programs: dict[tuple[Any, ...], Program] = {}
+    _PREPARED.append(programs)
 
     @wraps(function)
     def run(*arguments: Any) -> tuple[Any, ...]:
@@ -251,3 +254,9 @@ def prepared(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[An
         return program(arguments, addresses, device)
 
     return run
+
+
+def forget() -> None:
+    """Trace every prepared function again at its next call: after a change in what it reads beside its arguments."""
+    for programs in _PREPARED:
+        programs.clear()
