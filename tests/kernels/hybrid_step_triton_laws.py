@@ -144,13 +144,13 @@ def test_the_operator_keeps_what_torch_asks_of_it(case: Case) -> None:
     state = case.init_state()
     state.linear.scale.zero_()  # opcheck cannot compare infinities
     assume(fused._fits(case.tensors["k"], case.tensors["log_input"], case.options["feature_map"], state))
-    original = fused.hybrid_step
+    original = fused.compute_step
 
     def record(*arguments: Any) -> Any:
         calls.append(arguments)
         return original(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "hybrid_step", record)
+        patch.setattr(fused, "compute_step", record)
         hybrid_attention_step(**case.step_arguments(0), state=state, impl="triton")
-    torch.library.opcheck(original, calls[0], test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(fused.hybrid_step, calls[0], test_utils=("test_schema", "test_faketensor"))

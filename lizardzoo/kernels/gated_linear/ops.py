@@ -19,7 +19,7 @@ from lizardzoo.kernels.gated_linear.state import next_state
 from lizardzoo.kernels.launching import launch as start
 from lizardzoo.kernels.launching import power_of_2, prepared
 from lizardzoo.kernels.rows import Rows, arrange, unroll
-from lizardzoo.kernels.state import writable
+from lizardzoo.kernels.state import overwriting, writable
 
 MAX_SIZE = 128
 """Of head_dim and of a half's features: larger tiles do not fit a multiprocessor's shared memory."""
@@ -187,7 +187,10 @@ def eager(
         def backward(ctx: Any, *given: Any) -> tuple[Any, ...]:
             return gradients(backward, places, ctx, *given)
 
-    return Function.apply
+    def run(*inputs: Any) -> Any:
+        return Function.apply(*inputs) if torch.is_grad_enabled() else compute(*inputs)
+
+    return run
 
 
 operator.register_autograd(partial(gradients, backward_operator, PLACES), setup_context=setup_context)
@@ -310,11 +313,7 @@ def _launch_step(  # type: ignore[no-untyped-def]
     return y, log_mass
 
 
-@torch.library.custom_op(
-    "lizardzoo::gated_linear_step",
-    mutates_args=("kv", "norm", "scale", "ring_k", "ring_v", "ring_decay", "ring_input", "length"),
-)
-def gated_linear_step(
+def compute_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, log_input: Tensor | None, query_map: Tensor | None,
     key_map: Tensor | None, mask: Tensor | None, kv: Tensor, norm: Tensor, scale: Tensor, ring_k: Tensor,
     ring_v: Tensor, ring_decay: Tensor, ring_input: Tensor, length: Tensor, activation: str, skip: int,
@@ -324,6 +323,13 @@ def gated_linear_step(
         q, k, v, log_decay, log_input, query_map, key_map, mask, kv, norm, scale, ring_k, ring_v, ring_decay,
         ring_input, length, activation, skip,
     )  # fmt: skip
+
+
+gated_linear_step = torch.library.custom_op(
+    "lizardzoo::gated_linear_step",
+    compute_step,
+    mutates_args=("kv", "norm", "scale", "ring_k", "ring_v", "ring_decay", "ring_input", "length"),
+)
 
 
 @gated_linear_step.register_fake
@@ -343,7 +349,8 @@ def step(q, k, v, log_decay, log_input, feature_map, skip, mask, state, in_place
     log_decay, log_input = (None if x is None else x.float() for x in (log_decay, log_input))
     inputs = (q, k, v, log_decay, log_input, *maps, mask)
     state = writable("gated_linear_attention", state, in_place)
-    y, log_mass = gated_linear_step(*(None if x is None else x.contiguous() for x in inputs), *state, activation, skip)
+    ready = [None if x is None else x.contiguous() for x in inputs]
+    y, log_mass = overwriting(gated_linear_step, compute_step, state, *ready, *state, activation, skip)
     return y, log_mass, state
 
 

@@ -12,7 +12,7 @@ from lizardzoo.kernels.hybrid.state import share
 from lizardzoo.kernels.launching import launch, power_of_2, prepared
 from lizardzoo.kernels.merge import add_log_scale, joint
 from lizardzoo.kernels.rotary.ops import rotate
-from lizardzoo.kernels.state import overwrite, writable
+from lizardzoo.kernels.state import overwrite, overwriting, writable
 from lizardzoo.kernels.window import ops as window_ops
 
 OP = "hybrid_attention"
@@ -47,14 +47,7 @@ def _launch(
     return y, log_mass
 
 
-@torch.library.custom_op(
-    "lizardzoo::hybrid_attention_step",
-    mutates_args=(
-        "ring_k", "ring_v", "kept_k", "kept_v", "kv", "norm", "memory_scale", "waiting_k", "ring_decay", "ring_input",
-        "length",
-    ),
-)  # fmt: skip
-def hybrid_step(
+def compute_step(
     q: Tensor, k: Tensor, v: Tensor, near_q: Tensor, near_k: Tensor, cos: Tensor | None, sin: Tensor | None,
     log_decay: Tensor | None, log_input: Tensor | None, log_scale: Tensor | None, query_map: Tensor, key_map: Tensor,
     sinks: Tensor | None, mask: Tensor | None, ring_k: Tensor, ring_v: Tensor, kept_k: Tensor, kept_v: Tensor,
@@ -70,6 +63,16 @@ def hybrid_step(
         ring_v, kept_k, kept_v, kv, norm, memory_scale, waiting_k, ring_decay, ring_input, length, activation, lag,
         skip, scale,
     )  # fmt: skip
+
+
+hybrid_step = torch.library.custom_op(
+    "lizardzoo::hybrid_attention_step",
+    compute_step,
+    mutates_args=(
+        "ring_k", "ring_v", "kept_k", "kept_v", "kv", "norm", "memory_scale", "waiting_k", "ring_decay", "ring_input",
+        "length",
+    ),
+)  # fmt: skip
 
 
 @hybrid_step.register_fake
@@ -101,7 +104,8 @@ def step(
     window, linear = state
     gates = (None if x is None else x.float() for x in (log_decay, log_input, log_scale))
     inputs = (q, k, v, near_q, near_k, cos, sin, *gates, feature_map.query, feature_map.key, sinks, mask)
-    y, log_mass = hybrid_step(
+    y, log_mass = overwriting(
+        hybrid_step, compute_step, state,
         *(None if x is None else x.contiguous() for x in inputs), *window[:4], linear.kv, linear.norm, linear.scale,
         None if lag == 0 or linear.k is window.k else linear.k, linear.log_decay, linear.log_input, window.length,
         feature_map.activation, lag, skip, float(scale),

@@ -171,11 +171,11 @@ class Program:
     def __call__(self, arguments: tuple[Any, ...], addresses: list[int], device: torch.device) -> tuple[Any, ...]:
         """The function's results. addresses: of the arguments (0: no tensor), which lie on the current device."""
         outputs = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in self.outputs]
-        scratch = torch.empty(self.scratch, dtype=torch.uint8, device=device)
+        scratch = torch.empty(self.scratch, dtype=torch.uint8, device=device) if self.scratch else None
         if not self.calls:
             self._first([*arguments, scratch, *outputs])
         else:
-            bases = [*addresses, scratch.data_ptr(), *[x.data_ptr() for x in outputs]]
+            bases = [*addresses, 0 if scratch is None else scratch.data_ptr(), *[x.data_ptr() for x in outputs]]
             pointers = [None, *[bases[base] + offset for base, offset in self.places]]
             stream = torch._C._cuda_getCurrentRawStream(device.index)
             if self.watched():
@@ -201,8 +201,12 @@ class Program:
         self.watched, self.calls = triton.watched, calls  # all or none: a launch that Triton refuses is refused again
 
 
-def _pointer(base: Tensor, offset: int, dtype: torch.dtype) -> Tensor:
-    """A tensor that begins `offset` bytes behind the beginning of base, as a kernel takes it: its shape is nothing."""
+def _pointer(base: Tensor | None, offset: int, dtype: torch.dtype) -> Tensor:
+    """A tensor that begins `offset` bytes behind the beginning of base, as a kernel takes it: its shape is nothing.
+
+    base None: all scratch memory is empty.
+    """
+    base = torch.empty(0) if base is None else base
     storage, start = base.untyped_storage(), base.storage_offset() * base.element_size() + offset
     size = (min(1, max(0, storage.nbytes() - start)),)  # an empty tensor has no address
     return torch.empty(0, dtype=dtype, device=base.device).set_(storage, int(start) // dtype.itemsize, size, (1,))

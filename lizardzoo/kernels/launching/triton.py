@@ -19,7 +19,7 @@ def watched():
 
 
 def public(compiled, grid):
-    """Call with stream and arguments: Triton's own way. It tells hooks of the launch, which takes 3 us without any."""
+    """Call with stream and arguments: Triton's own way. It tells hooks of the launch, whether there are any or not."""
 
     def call(stream, *arguments):
         compiled[grid](*arguments, stream=stream)
@@ -28,7 +28,7 @@ def public(compiled, grid):
 
 
 def direct(compiled, grid):
-    """The same, without hooks: half the time. Not an interface that Triton promises, so only in `CHECKED` versions."""
+    """The same without hooks, in less time. Not an interface that Triton promises, so only in `CHECKED` versions."""
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
 
     def call(stream, *arguments):

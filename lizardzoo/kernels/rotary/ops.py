@@ -16,7 +16,9 @@ TILE = 128 if INTERPRETED else 1024
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """See `lizardzoo.kernels.rotary.rotate`."""
-    return (_rotate if torch.compiler.is_compiling() else _Rotate.apply)(q, k, cos, sin, False)
+    if torch.compiler.is_compiling():
+        return _rotate(q, k, cos, sin, False)
+    return (_Rotate.apply if torch.is_grad_enabled() else compute)(q, k, cos, sin, False)
 
 
 @prepared

@@ -38,8 +38,10 @@ def evaluate(x, gates):
     sigmoids = sum(gate.log_sigmoid << place for place, gate in enumerate(gates))
     if torch.compiler.is_compiling():
         found = _operator(rows, weights, biases, sigmoids)
-    else:
+    elif torch.is_grad_enabled():
         found = _Gates.apply(rows, sigmoids, *weights, *biases)
+    else:
+        found = compute(rows, weights, biases, sigmoids)
     return tuple(y.unflatten(0, x.shape[:2]) for y in found)
 
 

@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from lizardzoo.errors import LizardzooError
 from lizardzoo.kernels.launching import launch, power_of_2, prepared, strides, unit_stride
 from lizardzoo.kernels.rows import arrange, unroll
-from lizardzoo.kernels.state import writable
+from lizardzoo.kernels.state import overwriting, writable
 from lizardzoo.kernels.window import triton as kernels
 from lizardzoo.kernels.window.state import next_state
 
@@ -261,7 +261,10 @@ def chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_sta
         rows = arrange(q, mask, starts, None if state is None else state.length)
         q, k, v = rows.pack(q), rows.pack(k), rows.pack(v)
     *near, offset = place(k, v, sinks, q.shape[2], rows, starts is not None, state)
-    run = _attention if torch.compiler.is_compiling() else _Attention.apply
+    if torch.compiler.is_compiling():
+        run: Any = _attention
+    else:
+        run = _Attention.apply if torch.is_grad_enabled() else compute
     y, log_mass = run(q, *near, window, keep, offset, float(scale))
     new_state = next_state(k, v, rows, state, window, keep) if return_state else None
     if rows is not None:
@@ -290,10 +293,7 @@ def _launch_step(q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, s
     return y, log_mass
 
 
-@torch.library.custom_op(
-    "lizardzoo::window_attention_step", mutates_args=("ring_k", "ring_v", "kept_k", "kept_v", "length")
-)
-def _step(
+def compute_step(
     q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, kept_k: Tensor, kept_v: Tensor, length: Tensor,
     sinks: Tensor | None, mask: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -303,6 +303,13 @@ def _step(
     y, log_mass = _launch_step(q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, scale)
     length += 1 if mask is None else mask[:, 0]
     return y, log_mass
+
+
+_step = torch.library.custom_op(
+    "lizardzoo::window_attention_step",
+    compute_step,
+    mutates_args=("ring_k", "ring_v", "kept_k", "kept_v", "length"),
+)
 
 
 @_step.register_fake
@@ -319,4 +326,5 @@ def step(q, k, v, keep, sinks, scale, mask, state, in_place):
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return chunked(q, k, v, state.k.shape[1], keep, sinks, scale, mask, None, state, True)
     state = writable("window_attention", state, in_place)
-    return *_step(q, k, v, *state, sinks, mask, float(scale)), state
+    found = overwriting(_step, compute_step, state, q, k, v, *state, sinks, mask, float(scale))
+    return *found, state
