@@ -17,6 +17,8 @@ from contenders import SHAPES, Inputs, Maker, draw, window
 from measure import relative_error, timed
 from torch import Tensor
 
+from lizardzoo.kernels.launching import forget
+
 Entry: TypeAlias = tuple[int, ...]
 TOLERANCE = 5e-3
 """Relative difference to the default's result: another order of rounding in bf16."""
@@ -62,10 +64,12 @@ def tune(
     try:
         for entry in (default, *(c for c in candidates if c != default), default):
             table[key] = entry
+            forget()
             trials.append(_try(entry, expected, run))
             print(*trials[-1], flush=True)
     finally:
         table[key] = default
+        forget()
     return sorted(trials, key=lambda trial: (trial.ms is None, trial.ms))
 
 

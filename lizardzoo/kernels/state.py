@@ -22,6 +22,19 @@ def state_tensors(state: Any) -> Iterator[Tensor]:
             yield from state_tensors(part)
 
 
+def overwriting(operator: Any, function: Callable[..., Any], state: Any, *arguments: Any) -> Any:
+    """A step that overwrites `state`: an operator for torch.compile, otherwise the function that it is made of.
+
+    For an operator of so many tensors torch's dispatcher takes longer than all the rest of a step does (benchmarks/
+    NOTES.md). What it does beside calling is done here: autograd hears that the state has changed.
+    """
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    found = function(*arguments)
+    torch.autograd.graph.increment_version(list(state_tensors(state)))
+    return found
+
+
 def map_state(fn: Callable[[Tensor], Tensor], state: Any, done: dict[int, Tensor] | None = None) -> Any:
     """`fn` of every tensor of a state; a tensor held twice stays one."""
     done = {} if done is None else done

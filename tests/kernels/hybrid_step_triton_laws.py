@@ -21,7 +21,7 @@ from lizardzoo.kernels.hybrid import step as fused
 from lizardzoo.kernels.rotary import rotate
 from lizardzoo.kernels.state import map_state, state_tensors
 from lizardzoo.kernels.window import ops as window_ops
-from tests.kernels.cases import error
+from tests.kernels.cases import error, poison
 from tests.kernels.test_hybrid import Case, assert_same_state, cases
 
 assert window_ops.INTERPRETED
@@ -32,14 +32,7 @@ TOLERANCE = 1e-4  # of fp32, with exp features in it
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that a kernel forgets to write shows as NaN."""
-    empty = torch.empty
-
-    def poisoned_empty(*arguments: Any, **options: Any) -> Tensor:
-        x = empty(*arguments, **options)
-        return x.fill_(float("nan")) if x.is_floating_point() else x
-
-    monkeypatch.setattr(torch, "empty", poisoned_empty)
+    poison(monkeypatch)
 
 
 def in_fp32(case: Case) -> Case:
@@ -151,13 +144,13 @@ def test_the_operator_keeps_what_torch_asks_of_it(case: Case) -> None:
     state = case.init_state()
     state.linear.scale.zero_()  # opcheck cannot compare infinities
     assume(fused._fits(case.tensors["k"], case.tensors["log_input"], case.options["feature_map"], state))
-    original = fused.hybrid_step
+    original = fused.compute_step
 
     def record(*arguments: Any) -> Any:
         calls.append(arguments)
         return original(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "hybrid_step", record)
+        patch.setattr(fused, "compute_step", record)
         hybrid_attention_step(**case.step_arguments(0), state=state, impl="triton")
-    torch.library.opcheck(original, calls[0], test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(fused.hybrid_step, calls[0], test_utils=("test_schema", "test_faketensor"))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lizardzoo.kernels import rotate
 from lizardzoo.kernels.rotary import ops
+from tests.kernels.cases import poison
 
 assert ops.INTERPRETED
 PHASES = [phase for phase in Phase if phase not in (Phase.shrink, Phase.explain)]  # they would take minutes
@@ -17,9 +18,7 @@ PHASES = [phase for phase in Phase if phase not in (Phase.shrink, Phase.explain)
 
 @pytest.fixture(autouse=True)
 def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that the kernel forgets to write shows as NaN."""
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    poison(monkeypatch)
 
 
 @st.composite

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lizardzoo import LizardzooError
-from lizardzoo.kernels.state import map_state, overwrite, state_tensors, writable
+from lizardzoo.kernels.state import map_state, overwrite, overwriting, state_tensors, writable
 
 
 class Inner(NamedTuple):
@@ -58,3 +58,12 @@ def test_a_state_in_pieces_cannot_be_overwritten_by_a_kernel() -> None:
     state = Inner(torch.zeros(4, 4)[:, :2], torch.zeros(1))
     with pytest.raises(LizardzooError, match="in_place=True needs contiguous tensors"):
         writable("op", state, True)
+
+
+def test_autograd_hears_of_a_state_that_an_eager_step_overwrites() -> None:
+    """Or a gradient that needs what stood there would be wrong, and nobody would know."""
+    state, x = (torch.zeros(2), (torch.zeros(3),)), torch.ones(2, requires_grad=True)
+    y = (x * state[0]).sum()
+    assert overwriting(None, lambda number: number + 1, state, 1) == 2
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()

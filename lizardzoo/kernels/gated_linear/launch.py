@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from lizardzoo.kernels.gated_linear import triton as kernels
 from lizardzoo.kernels.gated_linear import triton_backward
 from lizardzoo.kernels.gated_linear.state import state_heads
-from lizardzoo.kernels.launching import decisive, launch, power_of_2, strides, unit_stride
+from lizardzoo.kernels.launching import ALIGNED, launch, power_of_2, strides, unit_stride
 
 NEG_INF = float("-inf")
 INTERPRETED = kernels.INTERPRETED
@@ -71,11 +71,8 @@ class Inputs(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the forward leaves for the backward.
-
-    The states before each chunk, the gates by slot [B, Hs, T], the decays of the chunks [B * Hs, N], and the maps in
-    bf16 (empty where products take them as they are).
-    """
+    """What the forward leaves for the backward: the states before each chunk, the gates by slot [B, Hs, T], and the
+    decays of the chunks [B * Hs, N]. They are parts of one tensor: one allocation for the host, not six."""
 
     kv: Tensor
     norm: Tensor
@@ -83,20 +80,31 @@ class Saved(NamedTuple):
     sums: Tensor
     weight: Tensor
     carry: Tensor
-    query_map: Tensor
-    key_map: Tensor
+
+
+def operand(q: Tensor) -> torch.dtype:
+    """What products take: fp16 does not have the range of weights, and Triton's interpreter gets products of bf16
+    wrong."""
+    return torch.bfloat16 if q.dtype == torch.bfloat16 and not INTERPRETED else torch.float32
+
+
+def ready(inputs: Inputs, casts: Sequence[Tensor | None] = (None, None)) -> Inputs:
+    """The inputs as kernels read them: strides, and the maps as products take them, which `casts` may be already."""
+    q, k, v, *rest = inputs[:12]
+    maps = [x if cast is None else cast for x, cast in zip(rest[4:6], casts, strict=True)]
+    maps = [None if x is None else x.to(operand(q)).contiguous() for x in maps]
+    gates, memory = ([None if x is None else x.contiguous() for x in part] for part in (rest[:4], rest[6:]))
+    return Inputs(unit_stride(q), unit_stride(k), unit_stride(v), *gates, *maps, *memory, *inputs[12:])  # type: ignore[call-arg, arg-type]
 
 
 class Launch:
-    """One call's sizes, and the arguments that its kernels share."""
+    """One call's sizes, and the arguments that its kernels share; the inputs are `ready`."""
 
     def __init__(self, inputs: Inputs):
-        self.inputs = inputs = inputs._replace(
-            q=unit_stride(inputs.q), k=unit_stride(inputs.k), v=unit_stride(inputs.v)
-        )
+        self.inputs = inputs
         q, v = inputs.q, inputs.v
         self.batch, self.count, self.heads, self.head_dim = q.shape
-        self.kv_heads, self.value_dim, self.device = v.shape[2], v.shape[3], q.device
+        self.kv_heads, self.value_dim = v.shape[2], v.shape[3]
         gates = (inputs.log_decay, inputs.log_input)
         self.decays, self.enters = (0 if gate is None else gate.shape[2] for gate in gates)
         self.state_heads = state_heads(self.heads, self.kv_heads, self.decays, self.enters)
@@ -112,43 +120,32 @@ class Launch:
         self.rows = self.batch * self.state_heads
         maps = (inputs.query_map, inputs.key_map)
         self.map_heads = tuple(1 if x is None else x.shape[0] for x in maps)
-        narrow = size == 2 and not INTERPRETED  # Triton's interpreter gets products of bf16 wrong
-        self.operand = torch.bfloat16 if narrow else torch.float32
+        self.operand = operand(q)
         self.sizes = {
             "D": self.head_dim, "F": self.half, "V": self.value_dim, "BD": power_of_2(self.head_dim),
             "BF": power_of_2(self.half), "BV": power_of_2(self.value_dim), "C": self.chunk, "HALVES": 1 + mapped,
             "MAP": inputs.activation if mapped else "none", "SCALES": self.scales,
             "PACKED": inputs.document is not None,
-            "OPERAND": "bf16" if narrow else "fp32", "PRECISION": "tf32x3",
+            "OPERAND": "bf16" if self.operand == torch.bfloat16 else "fp32", "PRECISION": "tf32x3",
         }  # fmt: skip
         self.shift = inputs.lag - inputs.offset
         self.groups_and_heads = (self.groups, self.state_heads, self.repeats)
 
-    @cached_property
-    def form(self) -> tuple[Any, ...]:
-        """What of the inputs decides the compiled form of a kernel; see `lizardzoo.kernels.launching`."""
-        absent = tuple(x is None for x in self.inputs[3:12])
-        heads = (*self.groups_and_heads, *self.map_heads, self.decays, self.enters)
-        return (*decisive(*self.inputs[:3]), *absent, *heads)
-
-    def run(
-        self, kernel: Any, pointers: tuple[Tensor | None, ...], numbers: tuple[int, ...],
-        form: tuple[Any, ...] = (), **more: bool,
-    ) -> None:  # fmt: skip
-        """Launch a kernel of the tables, a program for each chunk and head; form: what beside the inputs decides."""
+    def run(self, kernel: Any, pointers: tuple[Tensor | None, ...], numbers: tuple[int, ...], **more: bool) -> None:
+        """Launch a kernel of the tables, a program for each chunk and head."""
         warps, stages, registers = LAUNCHES[kernel.fn.__name__][self.tile]
         constants = {**self.sizes, **more}
         options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
-        launch(kernel, (self.chunks, self.rows), (*self.form, *form), pointers, numbers, constants, **options)
+        launch(kernel, (self.chunks, self.rows), pointers, numbers, constants, **options)
 
     def through_map(
         self, x: Tensor, weight: Tensor, d_z: Tensor, heads: int, end: int, tokens: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """The gradients of x (None unless `tokens`) and of its map, from that of the logits z = x W [B, T, heads, F],
-        which is known before `end`."""
+        which is known before `end`. The map's [parts, heads, D, F] is yet to be summed over parts; without maps x is z.
+        """
         if self.inputs.key_map is None:
-            d_z[:, end:] = 0
-            return d_z.to(x.dtype) if tokens else None, None
+            return d_z if tokens else None, None
         batch, count = d_z.shape[:2]
         tiles = -(-count // MAP_TILE)
         span = -(-tiles // max(1, PROGRAMS // (batch * heads)))
@@ -162,58 +159,61 @@ class Launch:
         warps, stages, _ = LAUNCHES["map_gradients"][self.tile]
         numbers = (weight.shape[0], count, end, span, heads, heads // x.shape[2])
         launch(
-            triton_backward.map_gradients, (parts, batch * heads), (*decisive(x), tokens, numbers[0], *numbers[4:]),
-            (x, weight, d_z, d_x, d_maps), (*strides(x), *numbers),
+            triton_backward.map_gradients, (parts, batch * heads), (x, weight, d_z, d_x, d_maps),
+            (*strides(x), *numbers),
             {**{name: self.sizes[name] for name in names}, "C": MAP_TILE}, num_warps=warps, num_stages=stages,
         )  # fmt: skip
-        total = d_maps.sum(0)
-        shares = total.shape[0] != weight.shape[0]
-        return d_x, total.unflatten(0, (weight.shape[0], -1)).sum(1) if shares else total
+        return d_x, d_maps
 
-    def casts(self) -> tuple[Tensor, Tensor]:
-        """Both maps in bf16; empty where products take them as they are, or where there are none."""
+    def maps(self) -> tuple[Tensor, Tensor]:
+        """Both maps; without them, something never read."""
         query, key = self.inputs.query_map, self.inputs.key_map
-        if query is None or key is None or query.dtype == self.operand:
-            return self.empty(0), self.empty(0)
-        return query.to(self.operand).contiguous(), key.to(self.operand).contiguous()
-
-    def maps(self, casts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Both maps as products take them; without maps, something never read."""
-        query, key = self.inputs.query_map, self.inputs.key_map
-        if query is None or key is None:
-            return self.inputs.q, self.inputs.q
-        return casts if query.dtype != self.operand else (query.contiguous(), key.contiguous())
+        return (self.inputs.q, self.inputs.q) if query is None or key is None else (query, key)
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=self.device)
+        return self.inputs.q.new_empty(shape, dtype=dtype)
 
-    def saved(self) -> Saved:
-        """Empty, as the fake operators give it."""
-        gates = [self.empty(self.batch, self.state_heads, self.count) for _ in range(2)]
-        maps = self.casts()
-        return Saved(*self.states(), *gates, self.empty(self.rows, self.chunks), *maps)  # type: ignore[call-arg]
+    def saved_bytes(self) -> tuple[int, list[tuple[int, tuple[int, ...], torch.dtype]]]:
+        """Bytes that `Saved` takes, and where each of its parts begins, its shape and its dtype."""
+        gate = ((self.batch, self.state_heads, self.count), torch.float32)
+        parts, end = [], 0
+        for shape, dtype in (*self.state_shapes(), gate, gate, ((self.rows, self.chunks), torch.float32)):
+            parts.append((end, shape, dtype))
+            end += -(-prod(shape) * dtype.itemsize // ALIGNED) * ALIGNED
+        return end, parts
+
+    def saved(self, whole: Any = None) -> tuple[Any, Saved]:
+        """The bytes that hold it all (new ones unless given), and its parts; in a `prepared` function."""
+        size, parts = self.saved_bytes()
+        whole = self.empty(size, dtype=torch.uint8) if whole is None else whole
+        return whole, Saved(*(whole.part(*part) for part in parts))
 
     def memory(self) -> list[Tensor]:
         """A memory as it comes in and goes out: kv [B, Hs, 2F, D], norm and scale [B, Hs, 2F]."""
         shape = (self.batch, self.state_heads, self.features)
         return [self.empty(*shape, self.value_dim), self.empty(*shape), self.empty(*shape)]
 
+    def state_shapes(self) -> list[tuple[tuple[int, ...], torch.dtype]]:
+        """Of a state for each chunk, as products take them: kv [B, Hs, N, D, 2F], norm [B, Hs, N, 2F], scale [B, Hs, N,
+        1 or 2F]."""
+        shape, exact = (self.batch, self.state_heads, self.chunks), torch.float32
+        kv = (*shape, self.value_dim, self.features)
+        return [(kv, self.operand), ((*shape, self.features), exact), ((*shape, self.scales), exact)]
+
     def states(self) -> list[Tensor]:
-        """One for each chunk, as products take them: kv [B, Hs, N, D, 2F], norm [B, Hs, N, 2F], scale [B, Hs, N, 1 or
-        2F]."""
-        shape = (self.batch, self.state_heads, self.chunks)
-        vectors = [self.empty(*shape, size) for size in (self.features, self.scales)]
-        return [self.empty(*shape, self.value_dim, self.features, dtype=self.operand), *vectors]
+        """A state for each chunk."""
+        return [self.empty(*shape, dtype=dtype) for shape, dtype in self.state_shapes()]
 
     def scan(
-        self, added: list[Tensor], carry: Tensor, start: Sequence[Tensor | None], before: Sequence[Tensor] | None = None
-    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-        """The states before each chunk, and the last one.
+        self, added: list[Tensor], carry: Tensor, start: Sequence[Tensor | None], each: Sequence[Tensor],
+        before: Sequence[Tensor] | None = None,
+    ) -> tuple[list[Tensor], Tensor | None]:  # fmt: skip
+        """Into `each` the states before each chunk, and the last one.
 
-        With `before`, those states, `added` are gradients: the gradients behind each chunk, that of the first state,
-        and what passes through each chunk [B * Hs, N, parts that sum to it].
+        With `before`, those states, `added` are gradients: into `each` the gradients behind each chunk, that of the
+        first state, and what passes through each chunk [B * Hs, N, parts that sum to it].
         """
-        each, last = self.states(), self.memory()
+        last = self.memory()
         size, stages = SCANS[0] if self.rows >= 128 else SCANS[1] if self.rows >= 32 else SCANS[2]
         width = min(64, power_of_2(self.features))
         height = max(1, size // width)
@@ -225,10 +225,8 @@ class Launch:
             "STAGES": stages,
         }  # fmt: skip
         pointers = (*added, carry, *start, *last, *each, *(before or (None,) * 3), through)
-        launch(
-            kernels.scan, grid, (added[0].dtype,), pointers, (self.chunks,), constants, num_warps=max(1, size // 256)
-        )
-        return each, last, through
+        launch(kernels.scan, grid, pointers, (self.chunks,), constants, num_warps=max(1, size // 256))
+        return last, through
 
 
 def chunk_size(bytes_: int, dim: int) -> int:
@@ -238,44 +236,38 @@ def chunk_size(bytes_: int, dim: int) -> int:
 
 def forward(
     inputs: Inputs, near: tuple[Tensor, Tensor] | None = None, log_scale: Tensor | None = None
-) -> tuple[Tensor, Tensor, list[Tensor], Saved]:
-    """y, log_mass, the last memory, and what the backward needs.
+) -> tuple[Tensor, ...]:
+    """y, log_mass, the last memory (kv, norm, scale), and the bytes that hold `Saved`; in a `prepared` function.
 
     near: y, log_mass of another branch that is to share the denominator; log_scale [B, T, H]: of this branch's mass.
     """
     call = Launch(inputs)
-    q, k, v = call.inputs[:3]
+    q, k, v = inputs[:3]
     batch, count, heads = q.shape[:3]
-    sums, weight = (call.empty(batch, call.state_heads, count) for _ in range(2))
-    decay, enter = (None if x is None else x.contiguous() for x in (inputs.log_decay, inputs.log_input))
-    allowed = None if inputs.allowed is None else inputs.allowed.contiguous()
+    bytes_, saved = call.saved()
     launch(
-        kernels.gates, (call.chunks, call.rows), call.form,
-        (decay, enter, allowed, sums, weight),
+        kernels.gates, (call.chunks, call.rows),
+        (inputs.log_decay, inputs.log_input, inputs.allowed, saved.sums, saved.weight),
         (count, inputs.lag, inputs.offset, inputs.skip, call.state_heads, call.decays, call.enters),
         {"C": call.chunk, "BLOCK": 128}, num_warps=1,
     )  # fmt: skip
-    gates = (sums, weight, inputs.document)
-    casts = call.casts()
-    maps, (query_heads, key_heads) = call.maps(casts), call.map_heads
-    added, carry = call.states(), call.empty(call.rows, call.chunks)
-    sizes = (count, call.chunks, call.shift)
+    gates = (saved.sums, saved.weight, inputs.document)
+    maps, (query_heads, key_heads) = call.maps(), call.map_heads
+    added, sizes = call.states(), (count, call.chunks, call.shift)
     call.run(
         kernels.chunk_states,
-        (k, v, *gates, maps[1], *added, carry),
+        (k, v, *gates, maps[1], *added, saved.carry),
         (*strides(k, v), key_heads, *sizes, call.state_heads, call.repeats),
     )
-    start = [None if x is None else x.contiguous() for x in (inputs.kv, inputs.norm, inputs.scale)]
-    before, last, _ = call.scan(added, carry, start)
+    last, _ = call.scan(added, saved.carry, (inputs.kv, inputs.norm, inputs.scale), saved[:3])
     y, log_mass = call.empty(batch, count, heads, call.value_dim, dtype=q.dtype), call.empty(batch, count, heads)
     beside = (*(near or (None, None)), log_scale)
     call.run(
         kernels.outputs,
-        (q, k, v, *gates, *maps, *before, *beside, y, log_mass),
+        (q, k, v, *gates, *maps, *saved[:3], *beside, y, log_mass),
         (*strides(q, k, v), query_heads, key_heads, *sizes, *call.groups_and_heads),
-        form=tuple(x is None for x in beside),
-    )  # fmt: skip
-    return y, log_mass, last, Saved(*before, sums, weight, carry, *casts)  # type: ignore[call-arg]
+    )
+    return y, log_mass, *last, bytes_
 
 
 class Gradients(NamedTuple):
@@ -289,109 +281,130 @@ class Gradients(NamedTuple):
     log_input: Tensor | None
     query_map: Tensor | None
     key_map: Tensor | None
-    kv: Tensor
-    norm: Tensor
+    kv: Tensor | None
+    norm: Tensor | None
+    scale: Tensor | None
+    """That of kv and norm, which are of exp(-scale) S."""
     sides: Tensor
 
 
 def backward(
     inputs: Inputs,
-    saved: Saved,
+    saved: Tensor,
     log_mass: Tensor,
     delta: Tensor,
     d_y: Tensor,
-    d_memory: tuple[Tensor, Tensor, Tensor] | None = None,
-    d_v: Tensor | None = None,
-    tokens: tuple[bool, bool] = (True, True),
+    d_memory: tuple[Tensor | None, Tensor | None, Tensor | None],
+    d_v: Tensor | None,
+    tokens: tuple[bool, bool],
 ) -> Gradients:
     """From the log of the (whole) denominator less the branch's log-scale, delta = dy.y - dlog_mass, and dy.
 
-    d_memory: gradients of the last memory's kv and norm, and its scale; d_v: what to add the values' gradient to;
-    tokens: whether the gradients of q and k are wanted.
+    In a `prepared` function; `finish` makes whole what it returns.
+
+    d_memory: gradients of the last memory's kv and norm, and its scale; d_v: what to add the values' gradient to, if
+    it has the heads of the state; tokens: whether the gradients of q and k are wanted.
     """
     call = Launch(inputs)
-    q, k, v = call.inputs[:3]
+    _, before = call.saved(saved)
+    q, k, v = inputs[:3]
     batch, count, heads, _ = q.shape
-    gates = (saved.sums, saved.weight, inputs.document)
-    maps, (query_heads, key_heads) = call.maps(saved[-2:]), call.map_heads
-    added, form = call.states(), decisive(d_y)
+    gates = (before.sums, before.weight, inputs.document)
+    maps, (query_heads, key_heads) = call.maps(), call.map_heads
+    added, after = call.states(), call.states()
     call.run(
         triton_backward.state_gradients,
         (q, d_y, *gates, maps[0], log_mass, delta, *added),
         (*strides(q), query_heads, count, call.chunks, call.groups, call.state_heads),
-        form,
-    )  # fmt: skip
-    after, first, through = call.scan(added, saved.carry, d_memory or (None,) * 3, saved[:3])
-    d_kv, d_norm, scale = first
+    )
+    first, through = call.scan(added, before.carry, d_memory, after, before[:3])
     assert through is not None
-    parts = through.shape[2]
-    if inputs.scale is not None:  # of exp(-scale) S at the start
-        rescale = torch.where(torch.isinf(scale) | torch.isinf(inputs.scale), 0.0, (scale + inputs.scale).exp())
-        d_kv, d_norm = d_kv * rescale[..., None], d_norm * rescale
-
     numbers = (count, call.chunks, call.shift)
     heads_of = (*strides(q, k, v), query_heads, key_heads)
     z_dtype = torch.float32 if q.dtype == torch.float16 else q.dtype  # gradients of far tokens' logits vanish in fp16
-    d_z, sides = call.empty(*q.shape[:3], call.half, dtype=z_dtype), torch.empty_like(log_mass)
+    d_z, sides = call.empty(*q.shape[:3], call.half, dtype=z_dtype), call.empty(*log_mass.shape)
     call.run(
         triton_backward.query_gradients,
-        (q, k, v, *gates, *maps, *saved[:3], d_y, log_mass, delta, d_z, sides),
+        (q, k, v, *gates, *maps, *before[:3], d_y, log_mass, delta, d_z, sides),
         (*heads_of, *numbers, *call.groups_and_heads),
-        form,
-    )  # fmt: skip
-    if d_v is not None and call.repeats == 1:
-        adds, own_v = True, d_v
-    else:
-        adds, own_v = False, call.empty(batch, k.shape[1], call.state_heads, call.value_dim, dtype=v.dtype)
-    if inputs.lag and not adds:  # the last values have not entered
-        own_v[:, max(count - call.shift, 0) :] = 0
-    d_features = torch.empty(call.rows, call.chunks, call.chunk, call.features, dtype=saved.kv.dtype, device=q.device)
+    )
+    adds = d_v is not None and call.repeats == 1
+    shape = (batch, k.shape[1], call.state_heads)
+    own_v = d_v if adds and d_v is not None else call.empty(*shape, call.value_dim, dtype=v.dtype)
+    d_features = call.empty(call.rows, call.chunks, call.chunk, call.features, dtype=call.operand)
     call.run(
         triton_backward.near_key_gradients,
         (q, k, v, *gates, *maps, d_y, log_mass, delta, d_features, own_v),
         (*heads_of, *numbers, k.shape[1], *call.groups_and_heads),
-        form, ADD=adds,
-    )  # fmt: skip
+        ADD=adds,
+    )
     d_q, d_query_map = call.through_map(q, maps[0], d_z, heads, count, tokens[0])
-    d_z = call.empty(batch, k.shape[1], call.state_heads, call.half, dtype=z_dtype)
-    d_sums, d_weight = torch.empty_like(saved.sums), torch.empty_like(saved.weight)
+    d_z = call.empty(*shape, call.half, dtype=z_dtype)
+    d_sums, d_weight = call.empty(*before.sums.shape), call.empty(*before.weight.shape)
     call.run(
         triton_backward.key_gradients,
         (k, v, *gates, maps[1], *after, through, sides, d_features, d_z, own_v, d_sums, d_weight),
-        (*strides(k, v), key_heads, *numbers, k.shape[1], parts, *call.groups_and_heads),
-    )  # fmt: skip
-    d_k, d_key_map = call.through_map(k, maps[1], d_z, call.state_heads, max(count - call.shift, 0), tokens[1])
-    if call.repeats > 1:  # a gate per query head: its heads read the same keys
-        own_v = own_v.unflatten(2, (call.kv_heads, -1)).sum(3)
-        own_v = own_v if d_v is None else own_v + d_v
-        d_k = None if d_k is None else d_k.unflatten(2, (call.kv_heads, -1)).sum(3)
-    d_decay, d_enter = (
-        None if gate is None else call.empty(batch, k.shape[1], call.state_heads)
-        for gate in (inputs.log_decay, inputs.log_input)
+        (*strides(k, v), key_heads, *numbers, k.shape[1], through.shape[2], *call.groups_and_heads),
     )
+    d_k, d_key_map = call.through_map(k, maps[1], d_z, call.state_heads, max(count - call.shift, 0), tokens[1])
+    d_decay, d_enter = (None if gate is None else call.empty(*shape) for gate in (inputs.log_decay, inputs.log_input))
     if d_decay is not None or d_enter is not None:
         launch(
-            triton_backward.gate_gradients, (-(-k.shape[1] // 64), call.rows), call.form,
-            (d_sums, d_weight, d_decay, d_enter), (count, inputs.lag, inputs.offset, call.state_heads),
-            {"C": 64, "BLOCK": 128}, num_warps=1,
+            triton_backward.gate_gradients, (-(-k.shape[1] // 64), call.rows), (d_sums, d_weight, d_decay, d_enter),
+            (count, inputs.lag, inputs.offset, call.state_heads), {"C": 64, "BLOCK": 128}, num_warps=1,
         )  # fmt: skip
+    d_kv, d_norm, scale = (None, None, None) if inputs.kv is None else first
+    return Gradients(d_q, d_k, own_v, d_decay, d_enter, d_query_map, d_key_map, d_kv, d_norm, scale, sides)
+
+
+def finish(inputs: Inputs, found: Gradients, d_v: Tensor | None = None) -> Gradients:
+    """What `backward` found, with all that is left to plain torch: sums over parts and over heads that share.
+
+    d_v: what the values' gradient was to be added to; the same tensor where it was.
+    """
+    q, k, v, log_decay, log_input, _, _, query_map, key_map = inputs[:9]
+    entered = max(k.shape[1] - inputs.lag, 0)  # the last keys and values have not entered
+    d_q, d_k, own_v, d_kv, d_norm, scale = found.q, found.k, found.v, found.kv, found.norm, found.scale
+    if inputs.lag and own_v is not d_v:
+        own_v[:, entered:] = 0
+    if key_map is None and d_q is not None:
+        d_q = d_q.to(q.dtype)
+    if key_map is None and d_k is not None:
+        d_k[:, entered:] = 0
+        d_k = d_k.to(k.dtype)
+    if own_v.shape[2] > v.shape[2]:  # a gate per query head: its heads read the same keys
+        own_v = own_v.unflatten(2, (v.shape[2], -1)).sum(3)
+        own_v = own_v if d_v is None else own_v + d_v
+        d_k = None if d_k is None else d_k.unflatten(2, (v.shape[2], -1)).sum(3)
+    if inputs.scale is not None and d_kv is not None and d_norm is not None and scale is not None:
+        rescale = torch.where(torch.isinf(scale) | torch.isinf(inputs.scale), 0.0, (scale + inputs.scale).exp())
+        d_kv, d_norm = d_kv * rescale[..., None], d_norm * rescale
     return Gradients(
-        d_q, d_k, own_v, _shared_gradient(d_decay, call.decays), _shared_gradient(d_enter, call.enters),
-        d_query_map, d_key_map, d_kv, d_norm, sides,
+        d_q, d_k, own_v, _shared_gradient(found.log_decay, log_decay), _shared_gradient(found.log_input, log_input),
+        _map_gradient(found.query_map, query_map), _map_gradient(found.key_map, key_map), d_kv, d_norm, scale,
+        found.sides,
     )  # fmt: skip
 
 
-def _shared_gradient(gradient: Tensor | None, heads: int) -> Tensor | None:
+def _map_gradient(parts: Tensor | None, weight: Tensor | None) -> Tensor | None:
+    """Summed over parts, and over the heads that share a map."""
+    if parts is None or weight is None:
+        return None
+    total = parts.sum(0)
+    return total if total.shape[0] == weight.shape[0] else total.unflatten(0, (weight.shape[0], -1)).sum(1)
+
+
+def _shared_gradient(gradient: Tensor | None, gate: Tensor | None) -> Tensor | None:
     """Summed over the heads of the state that share a gate."""
-    if gradient is None or gradient.shape[2] == heads:
+    if gradient is None or gate is None or gradient.shape[2] == gate.shape[2]:
         return gradient
-    return gradient.unflatten(2, (heads, -1)).sum(3)
+    return gradient.unflatten(2, (gate.shape[2], -1)).sum(3)
 
 
 def deltas(y: Tensor, d_y: Tensor, d_log_mass: Tensor | None) -> Tensor:
-    """dy.y - dlog_mass, [B, T, H]."""
-    delta = torch.empty(y.shape[:3], dtype=torch.float32, device=y.device)
+    """dy.y - dlog_mass, [B, T, H]; in a `prepared` function."""
+    delta = y.new_empty(y.shape[:3], dtype=torch.float32)
     sizes = {"V": y.shape[3], "BV": power_of_2(y.shape[3]), "ROWS": 64}
     pointers, numbers = (y, d_y, d_log_mass, delta), (delta.numel(),)
-    launch(triton_backward.deltas, (-(-delta.numel() // 64),), decisive(y, d_y, d_log_mass), pointers, numbers, sizes)
+    launch(triton_backward.deltas, (-(-delta.numel() // 64),), pointers, numbers, sizes)
     return delta

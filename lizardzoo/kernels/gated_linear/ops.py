@@ -14,11 +14,12 @@ from lizardzoo.errors import LizardzooError
 from lizardzoo.kernels.dispatch import even_sizes
 from lizardzoo.kernels.features import FeatureMap
 from lizardzoo.kernels.gated_linear import launch, triton_step
-from lizardzoo.kernels.gated_linear.launch import NEG_INF, Gradients, Inputs, Launch, Saved
+from lizardzoo.kernels.gated_linear.launch import NEG_INF, Gradients, Inputs, Launch
 from lizardzoo.kernels.gated_linear.state import next_state
-from lizardzoo.kernels.launching import power_of_2
+from lizardzoo.kernels.launching import launch as start
+from lizardzoo.kernels.launching import power_of_2, prepared
 from lizardzoo.kernels.rows import Rows, arrange, unroll
-from lizardzoo.kernels.state import writable
+from lizardzoo.kernels.state import overwriting, writable
 
 MAX_SIZE = 128
 """Of head_dim and of a half's features: larger tiles do not fit a multiprocessor's shared memory."""
@@ -27,15 +28,24 @@ SIGNATURE = (
     " Tensor? query_map, Tensor? key_map, Tensor? kv, Tensor? norm, Tensor? scale, str activation, SymInt lag,"
     " SymInt offset, SymInt skip"
 )
+SAVED = 3
+"""Outputs behind the memory that only the backward reads: the bytes of `launch.Saved`, and both maps in bf16."""
+OUTPUTS = ", ".join(["Tensor"] * (5 + SAVED))
 
 
-OUTPUTS = ", ".join(["Tensor"] * (5 + len(Saved._fields)))
+_forward = prepared(lambda *inputs: launch.forward(Inputs(*inputs)))
 
 
 def compute(*inputs: Any) -> tuple[Tensor, ...]:
-    """y, log_mass, the last memory (kv, norm, scale), and what `Saved` holds; arguments as in `Inputs`."""
-    y, log_mass, last, saved = launch.forward(Inputs(*inputs))
-    return y, log_mass, *last, *saved
+    """y, log_mass, the last memory (kv, norm, scale), and what the backward reads; arguments as in `Inputs`."""
+    settled = launch.ready(Inputs(*inputs))
+    return *_forward(*settled), *casts(Inputs(*inputs), settled)
+
+
+def casts(inputs: Inputs, settled: Inputs) -> list[Tensor]:
+    """Both maps in bf16; empty where products take them as they are, or where there are none."""
+    maps = ((inputs.query_map, settled.query_map), (inputs.key_map, settled.key_map))
+    return [inputs.q.new_empty(0) if x is None or cast is None or cast.dtype == x.dtype else cast for x, cast in maps]
 
 
 operator = torch.library.custom_op(
@@ -47,7 +57,9 @@ def fake(inputs: Inputs) -> tuple[Tensor, ...]:
     """Empty outputs as those of the kernels."""
     call = Launch(inputs)
     y = call.empty(*call.inputs.q.shape[:3], call.value_dim, dtype=call.inputs.q.dtype)
-    return y, call.empty(*y.shape[:3]), *call.memory(), *call.saved()
+    maps = (inputs.query_map, inputs.key_map)
+    narrow = [inputs.q.new_empty(0) if x is None or x.dtype == call.operand else x.to(call.operand) for x in maps]
+    return y, call.empty(*y.shape[:3]), *call.memory(), call.empty(call.saved_bytes()[0], dtype=torch.uint8), *narrow
 
 
 @operator.register_fake
@@ -57,27 +69,50 @@ def _(*inputs: Any) -> tuple[Tensor, ...]:
 
 def memory_gradient(
     y: Tensor, d_kv: Tensor | None, d_norm: Tensor | None, scale: Tensor
-) -> tuple[Tensor, Tensor, Tensor] | None:
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of the last memory, whole, with its scale; None where there are none."""
     if d_kv is None and d_norm is None:
-        return None
+        return None, None, None
     norm = torch.zeros_like(scale) if d_norm is None else d_norm.contiguous()
     kv = scale.new_zeros(*scale.shape, y.shape[3]) if d_kv is None else d_kv.contiguous()
     return kv, norm, scale
 
 
-def compute_backward(*arguments: Any) -> list[Tensor]:
-    """Gradients of q, k, v, log_decay, log_input, both maps, kv and norm; empty for those that are not there.
+def _gradients(*arguments: Any) -> tuple[Any, ...]:
+    """`launch.Gradients` as they are before `launch.finish`."""
+    *inputs, saved, y, log_mass, d_y, d_log_mass, d_kv, d_norm, last_scale, d_q, d_k = arguments
+    delta, memory = launch.deltas(y, d_y, d_log_mass), (d_kv, d_norm, last_scale)
+    return launch.backward(Inputs(*inputs), saved, log_mass, delta, d_y, memory, None, (d_q, d_k))
+
+
+_backward = prepared(_gradients)
+
+
+def find_gradients(*arguments: Any) -> list[Tensor | None]:
+    """Gradients of q, k, v, log_decay, log_input, both maps, kv and norm.
 
     wanted: of which a gradient is wanted; stage 1 wants none of q, k and v.
     """
-    *inputs, saved, y, log_mass, d_y, d_log_mass, d_kv, d_norm, last_scale, wanted = arguments
+    *given, saved, y, log_mass, d_y, d_log_mass, d_kv, d_norm, last_scale, wanted = arguments
+    inputs = Inputs(*given)
     d_y = torch.zeros_like(y) if d_y is None else d_y.contiguous()
-    delta = launch.deltas(y, d_y, None if d_log_mass is None else d_log_mass.contiguous())
+    d_log_mass = None if d_log_mass is None else d_log_mass.contiguous()
     memory = memory_gradient(y, d_kv, d_norm, last_scale)
-    tokens = wanted[0], wanted[1]
-    found = launch.backward(Inputs(*inputs), Saved(*saved), log_mass, delta, d_y, memory, tokens=tokens)
-    return [y.new_empty(0) if x is None else x for x in found[:-1]]
+    found = _backward(
+        *settled(inputs, saved), saved[0], y, log_mass, d_y, d_log_mass, *memory, wanted[0], wanted[1]
+    )  # fmt: skip
+    return list(launch.finish(inputs, Gradients(*found))[: len(PLACES)])
+
+
+def settled(inputs: Inputs, saved: Sequence[Tensor]) -> Inputs:
+    """The inputs ready, by the maps that the forward has cast."""
+    narrow = inputs.query_map is not None and inputs.query_map.dtype != launch.operand(inputs.q)
+    return launch.ready(inputs, saved[1:] if narrow else (None, None))
+
+
+def compute_backward(*arguments: Any) -> list[Tensor]:
+    """The same with empty tensors for gradients that are not there, as an operator returns them."""
+    return [arguments[0].new_empty(0) if x is None else x for x in find_gradients(*arguments)]
 
 
 backward_operator = torch.library.custom_op(
@@ -97,7 +132,7 @@ def fake_gradients(inputs: Inputs, wanted: Sequence[bool]) -> list[Tensor]:
         x.new_empty(x.shape) if is_there and x is not None else inputs.q.new_empty(0)
         for x, is_there in zip(given, there, strict=True)
     ]
-    return [*likes, *Launch(inputs).memory()[:2]]
+    return [*likes, *(inputs.q.new_empty(0) if x is None else torch.empty_like(x) for x in (inputs.kv, inputs.norm))]
 
 
 @backward_operator.register_fake
@@ -105,7 +140,7 @@ def _(*arguments: Any) -> list[Tensor]:
     return fake_gradients(Inputs(*arguments[: len(Inputs._fields)]), arguments[-1])
 
 
-PLACES = [Inputs._fields.index(name) for name in Gradients._fields[:-1]]
+PLACES = [Inputs._fields.index(name) for name in Gradients._fields[:-2]]
 """Of the inputs that have gradients."""
 
 
@@ -119,21 +154,25 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.set_materialize_grads(False)
 
 
-def gradients(backward: Callable[..., list[Tensor]], places: list[int], ctx: Any, *given: Any) -> tuple[Any, ...]:
+def gradients(
+    backward: Callable[..., Sequence[Tensor | None]], places: list[int], ctx: Any, *given: Any
+) -> tuple[Any, ...]:
     """The gradient of every input: those at `places` come from `backward`."""
-    kept, size = ctx.saved_tensors, len(Saved._fields)
-    *tensors, y, log_mass, scale = kept[:-size]
+    kept = ctx.saved_tensors
+    *tensors, y, log_mass, scale = kept[:-SAVED]
     rest, count = iter(tensors), len(tensors) + len(ctx.others)
     inputs = [ctx.others[place] if place in ctx.others else next(rest) for place in range(count)]
     wanted = [ctx.needs_input_grad[place] for place in places]
-    found = backward(*inputs, list(kept[-size:]), y, log_mass, *given[:4], scale, wanted)
+    found = backward(*inputs, list(kept[-SAVED:]), y, log_mass, *given[:4], scale, wanted)
     result: list[Tensor | None] = [None] * count
     for place, gradient, is_wanted in zip(places, found, wanted, strict=True):
         result[place] = gradient if is_wanted else None
     return tuple(result)
 
 
-def eager(compute: Callable[..., Any], backward: Callable[..., list[Tensor]], places: list[int]) -> Callable[..., Any]:
+def eager(
+    compute: Callable[..., Any], backward: Callable[..., Sequence[Tensor | None]], places: list[int]
+) -> Callable[..., Any]:
     """`compute` with its gradients, without an operator's slow way through torch's dispatcher."""
 
     class Function(torch.autograd.Function):
@@ -148,13 +187,16 @@ def eager(compute: Callable[..., Any], backward: Callable[..., list[Tensor]], pl
         def backward(ctx: Any, *given: Any) -> tuple[Any, ...]:
             return gradients(backward, places, ctx, *given)
 
-    return Function.apply
+    def run(*inputs: Any) -> Any:
+        return Function.apply(*inputs) if torch.is_grad_enabled() else compute(*inputs)
+
+    return run
 
 
 operator.register_autograd(partial(gradients, backward_operator, PLACES), setup_context=setup_context)
 
 
-_eager = eager(compute, compute_backward, PLACES)
+_eager = eager(compute, find_gradients, PLACES)
 
 
 def gated_linear(*inputs: Any) -> tuple[Tensor, ...]:
@@ -250,33 +292,44 @@ class StepSizes(NamedTuple):
         return cls(dim, half, features, value_dim, *blocks, groups, rows, times, depth, precision)
 
 
-@torch.library.custom_op(
-    "lizardzoo::gated_linear_step",
-    mutates_args=("kv", "norm", "scale", "ring_k", "ring_v", "ring_decay", "ring_input", "length"),
-)
-def gated_linear_step(
+@prepared
+def _launch_step(  # type: ignore[no-untyped-def]
+    q, k, v, log_decay, log_input, query_map, key_map, mask, kv, norm, scale, ring_k, ring_v, ring_decay, ring_input,
+    length, activation, skip,
+):  # fmt: skip
+    (batch, state_heads), kv_heads, lag = kv.shape[:2], k.shape[2], ring_k.shape[1]
+    y, log_mass = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+    gates = {"DECAYS": ring_decay.shape[2], "ENTERS": ring_input.shape[2]}
+    tokens, rings = (k, v, log_decay, log_input), (ring_k, ring_v, ring_decay, ring_input, length)
+    start(
+        triton_step.step, (batch * state_heads,),
+        (q, *tokens, query_map, key_map, mask, kv, norm, scale, *rings, y, log_mass),
+        (lag, skip, *(1 if x is None else x.shape[0] for x in (query_map, key_map))),
+        {"HS": state_heads, "R": state_heads // kv_heads, **gates, "LAG": lag > 0, **StepSizes.of(q, v, kv)._asdict(),
+         "MAP": activation, "N": 128}, num_warps=8,
+    )  # fmt: skip
+    sizes = {"KEYS": kv_heads * k.shape[3], "VALUES": kv_heads * v.shape[3], **gates, "BLOCK": 1024}
+    start(triton_step.push, (batch,), (*tokens, mask, *rings), (lag,), sizes, num_warps=4)
+    return y, log_mass
+
+
+def compute_step(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor | None, log_input: Tensor | None, query_map: Tensor | None,
     key_map: Tensor | None, mask: Tensor | None, kv: Tensor, norm: Tensor, scale: Tensor, ring_k: Tensor,
     ring_v: Tensor, ring_decay: Tensor, ring_input: Tensor, length: Tensor, activation: str, skip: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, log_mass; the state moves on in place. All tensors are contiguous."""
-    (batch, state_heads), kv_heads, lag = kv.shape[:2], k.shape[2], ring_k.shape[1]
-    y = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
-    log_mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    gates = {"DECAYS": ring_decay.shape[2], "ENTERS": ring_input.shape[2]}
-    rings = (ring_k, ring_v, ring_decay, ring_input, length)
-    with torch.cuda.device_of(q):  # Triton launches on the current one
-        triton_step.step[(batch * state_heads,)](
-            q, k, v, log_decay, log_input, query_map, key_map, mask, kv, norm, scale, *rings, y, log_mass, lag, skip,
-            1 if query_map is None else query_map.shape[0], 1 if key_map is None else key_map.shape[0],
-            HS=state_heads, R=state_heads // kv_heads, **gates, LAG=lag > 0, **StepSizes.of(q, v, kv)._asdict(),
-            MAP=activation, N=128, num_warps=8,
-        )  # fmt: skip
-        triton_step.push[(batch,)](
-            k, v, log_decay, log_input, mask, *rings, lag, KEYS=kv_heads * k.shape[3], VALUES=kv_heads * v.shape[3],
-            **gates, BLOCK=1024, num_warps=4,
-        )  # fmt: skip
-    return y, log_mass
+    return _launch_step(
+        q, k, v, log_decay, log_input, query_map, key_map, mask, kv, norm, scale, ring_k, ring_v, ring_decay,
+        ring_input, length, activation, skip,
+    )  # fmt: skip
+
+
+gated_linear_step = torch.library.custom_op(
+    "lizardzoo::gated_linear_step",
+    compute_step,
+    mutates_args=("kv", "norm", "scale", "ring_k", "ring_v", "ring_decay", "ring_input", "length"),
+)
 
 
 @gated_linear_step.register_fake
@@ -296,7 +349,8 @@ def step(q, k, v, log_decay, log_input, feature_map, skip, mask, state, in_place
     log_decay, log_input = (None if x is None else x.float() for x in (log_decay, log_input))
     inputs = (q, k, v, log_decay, log_input, *maps, mask)
     state = writable("gated_linear_attention", state, in_place)
-    y, log_mass = gated_linear_step(*(None if x is None else x.contiguous() for x in inputs), *state, activation, skip)
+    ready = [None if x is None else x.contiguous() for x in inputs]
+    y, log_mass = overwriting(gated_linear_step, compute_step, state, *ready, *state, activation, skip)
     return y, log_mass, state
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from lizardzoo.kernels.gated_linear import launch
 from lizardzoo.kernels.gated_linear import ops as gated_linear
-from lizardzoo.kernels.gated_linear.launch import Inputs, Saved
+from lizardzoo.kernels.gated_linear.launch import Gradients, Inputs
 from lizardzoo.kernels.gated_linear.state import next_state as next_linear_state
 from lizardzoo.kernels.hybrid.state import share
 from lizardzoo.kernels.hybrid.step import step
+from lizardzoo.kernels.launching import prepared, unit_stride
 from lizardzoo.kernels.window import ops as window_ops
 from lizardzoo.kernels.window.state import next_state as next_window_state
 
@@ -39,40 +40,77 @@ def _split(arguments: Any) -> tuple[Inputs, tuple[Any, ...], Tensor | None, tupl
     return linear, (q, k, linear.v if v is None else v, *rest), log_scale, arguments[LINEAR + 7 :]
 
 
+def _ready(linear: Inputs, arguments: Any) -> tuple[Any, ...]:
+    """All arguments as the kernels read them, the linear branch's being so already."""
+    q, k, v, *rest = arguments[LINEAR : LINEAR + 6]
+    log_scale = arguments[LINEAR + 6]
+    near = (unit_stride(q), unit_stride(k), None if v is None else unit_stride(v), *rest)
+    return *linear, *near, None if log_scale is None else log_scale.contiguous(), *arguments[LINEAR + 7 :]
+
+
+def _launch(*arguments: Any) -> tuple[Tensor, ...]:
+    linear, near, log_scale, numbers = _split(arguments)
+    return launch.forward(linear, window_ops.attend(*near, *numbers), log_scale)
+
+
+_forward = prepared(_launch)
+
+
 def compute(*arguments: Any) -> tuple[Tensor, ...]:
-    """y, log_mass, the last memory (kv, norm, scale), and what `Saved` holds.
+    """y, log_mass, the last memory (kv, norm, scale), and what the backward reads.
 
     near_q, near_k, near_v: the window branch's, near_v None = v; log_scale [B, T, H] fp32 or None.
     """
-    linear, near, log_scale, numbers = _split(arguments)
-    beside = window_ops.attend(*near, *numbers)
-    y, log_mass, last, saved = launch.forward(linear, beside, None if log_scale is None else log_scale.contiguous())
-    return y, log_mass, *last, *saved
+    inputs = Inputs(*arguments[:LINEAR])
+    settled = launch.ready(inputs)
+    return *_forward(*_ready(settled, arguments)), *gated_linear.casts(inputs, settled)
 
 
-def compute_backward(*arguments: Any) -> list[Tensor]:
-    """Gradients of q, k, v, log_decay, log_input, both maps, kv, norm, near_q, near_k, near_v, sink and log_scale.
-
-    Empty for those that are not there. wanted: of which a gradient is wanted; where none of the tokens' is, as in stage
-    1, the window's half of the work falls away.
-    """
-    *inputs, saved, y, log_mass, d_y, d_log_mass, d_kv, d_norm, last_scale, wanted = arguments
-    linear, near, log_scale, numbers = _split(inputs)
-    d_y = torch.zeros_like(y) if d_y is None else d_y.contiguous()
-    d_log_mass = None if d_log_mass is None else d_log_mass.contiguous()
-    d_near: list[Any] = [None] * 3
-    if any(wanted[place] for place in WINDOW):
+def _launch_backward(*arguments: Any) -> tuple[Any, ...]:
+    """`launch.Gradients` as they are before `launch.finish`, then those of near_q, near_k and near_v, and delta."""
+    *inputs, saved, y, log_mass, own, d_y, d_log_mass, d_kv, d_norm, last_scale, d_q, d_k, d_window = arguments
+    linear, near, _, numbers = _split(inputs)
+    d_near: Any = (None, None, None)
+    if d_window:
         *d_near, delta = window_ops.gradients(*near, y, log_mass, d_y, d_log_mass, *numbers)  # type: ignore[call-arg]
     else:
         delta = launch.deltas(y, d_y, d_log_mass)
-    d_sink = window_ops.sink_gradient(near[3], log_mass, delta)
-    own = log_mass if log_scale is None else log_mass - log_scale
-    shared = inputs[LINEAR + 2] is None
+    d_v = d_near[2] if inputs[LINEAR + 2] is None else None
+    memory = (d_kv, d_norm, last_scale)
+    found = launch.backward(linear, saved, own, delta, d_y, memory, d_v, (d_q, d_k))
+    return *found, *d_near, None if near[3] is None else delta
+
+
+_backward = prepared(_launch_backward)
+
+
+def find_gradients(*arguments: Any) -> list[Tensor | None]:
+    """Gradients of q, k, v, log_decay, log_input, both maps, kv, norm, near_q, near_k, near_v, sink and log_scale.
+
+    wanted: of which a gradient is wanted; where none of the tokens' is, as in stage 1, the window's half of the work
+    falls away.
+    """
+    *inputs, saved, y, log_mass, d_y, d_log_mass, d_kv, d_norm, last_scale, wanted = arguments
+    linear, near, log_scale, _ = _split(inputs)
+    d_y = torch.zeros_like(y) if d_y is None else d_y.contiguous()
+    d_log_mass = None if d_log_mass is None else d_log_mass.contiguous()
     memory = gated_linear.memory_gradient(y, d_kv, d_norm, last_scale)
-    d_v, tokens = d_near[2] if shared else None, (wanted[0], wanted[1])
-    found = launch.backward(linear, Saved(*saved), own, delta, d_y, memory, d_v, tokens)
-    rest = (*d_near[:2], None if shared else d_near[2], d_sink, None if log_scale is None else found.sides)
-    return [y.new_empty(0) if x is None else x for x in (*found[:-1], *rest)]
+    d_window = any(wanted[place] for place in WINDOW)
+    own = log_mass if log_scale is None else log_mass - log_scale
+    *found, d_near_q, d_near_k, d_near_v, delta = _backward(
+        *_ready(gated_linear.settled(linear, saved), inputs), saved[0], y, log_mass, own, d_y, d_log_mass, *memory,
+        wanted[0], wanted[1], d_window,
+    )  # fmt: skip
+    shared = inputs[LINEAR + 2] is None
+    whole = launch.finish(linear, Gradients(*found), d_near_v if shared else None)
+    d_sink = window_ops.sink_gradient(near[3], log_mass, delta)
+    rest = (d_near_q, d_near_k, None if shared else d_near_v, d_sink, None if log_scale is None else whole.sides)
+    return [*whole[: len(gated_linear.PLACES)], *rest]
+
+
+def compute_backward(*arguments: Any) -> list[Tensor]:
+    """The same with empty tensors for gradients that are not there, as an operator returns them."""
+    return [arguments[0].new_empty(0) if x is None else x for x in find_gradients(*arguments)]
 
 
 operator = torch.library.custom_op(
@@ -112,7 +150,7 @@ operator.register_autograd(
 )
 
 
-_eager = gated_linear.eager(compute, compute_backward, PLACES)
+_eager = gated_linear.eager(compute, find_gradients, PLACES)
 
 
 def hybrid(*arguments: Any) -> tuple[Tensor, ...]:

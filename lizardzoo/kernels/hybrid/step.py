@@ -9,23 +9,45 @@ from torch import Tensor
 from lizardzoo.kernels.gated_linear import ops as linear_ops
 from lizardzoo.kernels.hybrid import triton_step
 from lizardzoo.kernels.hybrid.state import share
-from lizardzoo.kernels.launching import power_of_2
+from lizardzoo.kernels.launching import launch, power_of_2, prepared
 from lizardzoo.kernels.merge import add_log_scale, joint
 from lizardzoo.kernels.rotary.ops import rotate
-from lizardzoo.kernels.state import overwrite, writable
+from lizardzoo.kernels.state import overwrite, overwriting, writable
 from lizardzoo.kernels.window import ops as window_ops
 
 OP = "hybrid_attention"
 
 
-@torch.library.custom_op(
-    "lizardzoo::hybrid_attention_step",
-    mutates_args=(
-        "ring_k", "ring_v", "kept_k", "kept_v", "kv", "norm", "memory_scale", "waiting_k", "ring_decay", "ring_input",
-        "length",
-    ),
-)  # fmt: skip
-def hybrid_step(
+@prepared
+def _launch(
+    q, k, v, near_q, near_k, cos, sin, log_decay, log_input, log_scale, query_map, key_map, sinks, mask, ring_k, ring_v,
+    kept_k, kept_v, kv, norm, memory_scale, waiting_k, ring_decay, ring_input, length, activation, lag, skip, scale,
+):  # fmt: skip
+    (batch, _, kv_heads, dim), window = k.shape, ring_k.shape[1]
+    y, log_mass = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
+    sizes = linear_ops.StepSizes.of(q, v, kv)
+    width = power_of_2(dim)
+    # 16 KB a tile: beside the maps and the memory more does not fit the registers
+    slots = 16 if window_ops.INTERPRETED else min(128, 16384 // (max(width, sizes.BV) * q.element_size()))
+    pointers = (
+        q, k, v, near_q, near_k, cos, sin, log_decay, log_input, log_scale, query_map, key_map, sinks, mask, ring_k,
+        ring_v, kept_k, kept_v, kv, norm, memory_scale, waiting_k, ring_decay, ring_input, length, y, log_mass,
+    )  # fmt: skip
+    numbers = (
+        window, kept_k.shape[1], skip, 0 if sinks is None else sinks.shape[-1],
+        0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], scale,
+        0 if cos is None or cos.shape[0] == 1 else dim, query_map.shape[0], key_map.shape[0],
+    )  # fmt: skip
+    constants = {
+        "HKV": kv_heads, "DECAYS": 0 if log_decay is None else log_decay.shape[2],
+        "ENTERS": 0 if log_input is None else log_input.shape[2], "LAG": lag > 0, "KEPT": kept_k.shape[1] > 0,
+        **sizes._asdict(), "BD": width, "MAP": activation, "N": slots, "MORE": window > slots, "R": 16,
+    }  # fmt: skip
+    launch(triton_step.step, (batch * kv_heads,), pointers, numbers, constants, num_warps=8)
+    return y, log_mass
+
+
+def compute_step(
     q: Tensor, k: Tensor, v: Tensor, near_q: Tensor, near_k: Tensor, cos: Tensor | None, sin: Tensor | None,
     log_decay: Tensor | None, log_input: Tensor | None, log_scale: Tensor | None, query_map: Tensor, key_map: Tensor,
     sinks: Tensor | None, mask: Tensor | None, ring_k: Tensor, ring_v: Tensor, kept_k: Tensor, kept_v: Tensor,
@@ -36,25 +58,21 @@ def hybrid_step(
 
     cos, sin [B or 1, 1, D]: near_q and near_k are yet to be rotated by them; waiting_k None: it is ring_k, or no lag.
     """
-    (batch, _, kv_heads, dim), window = k.shape, ring_k.shape[1]
-    y = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
-    log_mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    sizes = linear_ops.StepSizes.of(q, v, kv)
-    width = power_of_2(dim)
-    # 16 KB a tile: beside the maps and the memory more does not fit the registers
-    slots = 16 if window_ops.INTERPRETED else min(128, 16384 // (max(width, sizes.BV) * q.element_size()))
-    with torch.cuda.device_of(q):  # Triton launches on the current one
-        triton_step.step[(batch * kv_heads,)](
-            q, k, v, near_q, near_k, cos, sin, log_decay, log_input, log_scale, query_map, key_map, sinks, mask,
-            ring_k, ring_v, kept_k, kept_v, kv, norm, memory_scale, waiting_k, ring_decay, ring_input, length, y,
-            log_mass, window, kept_k.shape[1], skip, 0 if sinks is None else sinks.shape[-1],
-            0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], scale,
-            0 if cos is None or cos.shape[0] == 1 else dim, query_map.shape[0], key_map.shape[0],
-            HKV=kv_heads, DECAYS=0 if log_decay is None else log_decay.shape[2],
-            ENTERS=0 if log_input is None else log_input.shape[2], LAG=lag > 0, KEPT=kept_k.shape[1] > 0,
-            **sizes._asdict(), BD=width, MAP=activation, N=slots, MORE=window > slots, R=16, num_warps=8,
-        )  # fmt: skip
-    return y, log_mass
+    return _launch(
+        q, k, v, near_q, near_k, cos, sin, log_decay, log_input, log_scale, query_map, key_map, sinks, mask, ring_k,
+        ring_v, kept_k, kept_v, kv, norm, memory_scale, waiting_k, ring_decay, ring_input, length, activation, lag,
+        skip, scale,
+    )  # fmt: skip
+
+
+hybrid_step = torch.library.custom_op(
+    "lizardzoo::hybrid_attention_step",
+    compute_step,
+    mutates_args=(
+        "ring_k", "ring_v", "kept_k", "kept_v", "kv", "norm", "memory_scale", "waiting_k", "ring_decay", "ring_input",
+        "length",
+    ),
+)  # fmt: skip
 
 
 @hybrid_step.register_fake
@@ -86,7 +104,8 @@ def step(
     window, linear = state
     gates = (None if x is None else x.float() for x in (log_decay, log_input, log_scale))
     inputs = (q, k, v, near_q, near_k, cos, sin, *gates, feature_map.query, feature_map.key, sinks, mask)
-    y, log_mass = hybrid_step(
+    y, log_mass = overwriting(
+        hybrid_step, compute_step, state,
         *(None if x is None else x.contiguous() for x in inputs), *window[:4], linear.kv, linear.norm, linear.scale,
         None if lag == 0 or linear.k is window.k else linear.k, linear.log_decay, linear.log_input, window.length,
         feature_map.activation, lag, skip, float(scale),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lizardzoo.kernels.launching import decisive, launch, strides, unit_stride
+from lizardzoo.kernels.launching import launch, prepared, strides, unit_stride
 from lizardzoo.kernels.rotary import triton as kernels
 
 INTERPRETED = kernels.INTERPRETED.value  # TRITON_INTERPRET=1
@@ -16,13 +16,14 @@ TILE = 128 if INTERPRETED else 1024
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """See `lizardzoo.kernels.rotary.rotate`."""
-    return (_rotate if torch.compiler.is_compiling() else _Rotate.apply)(q, k, cos, sin, False)
+    if torch.compiler.is_compiling():
+        return _rotate(q, k, cos, sin, False)
+    return (_Rotate.apply if torch.is_grad_enabled() else compute)(q, k, cos, sin, False)
 
 
-def compute(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
-    """q and k rotated forth, or back by the transpose."""
-    q, k, cos, sin = (unit_stride(x) for x in (q, k, cos, sin))
-    q_out, k_out = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k))
+@prepared
+def _launch(q, k, cos, sin, transposed):
+    q_out, k_out = (x.new_empty(x.shape) for x in (q, k))
     (batch, count, heads, dim), kv_heads = q.shape, k.shape[2]
     block = 1 << (dim // 2 - 1).bit_length()
     rows = max(1, TILE // block)
@@ -30,11 +31,17 @@ def compute(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) ->
     tables = [stride for x in (cos, sin) for stride in (x.stride(0) if x.shape[0] > 1 else 0, x.stride(1))]
     if grid:
         launch(
-            kernels.rotate_kernel, (grid,), (*decisive(q, k, cos, sin), *tables), (q, k, cos, sin, q_out, k_out),
+            kernels.rotate_kernel, (grid,), (q, k, cos, sin, q_out, k_out),
             (count, *strides(q, k), *tables),
             {"H": heads, "HKV": kv_heads, "HALF": dim // 2, "TRANSPOSED": transposed, "ROWS": rows, "BLOCK": block},
         )  # fmt: skip
     return q_out, k_out
+
+
+def compute(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, transposed: bool) -> tuple[Tensor, Tensor]:
+    """q and k rotated forth, or back by the transpose."""
+    q, k = _launch(unit_stride(q), unit_stride(k), unit_stride(cos), unit_stride(sin), transposed)
+    return q, k
 
 
 _rotate = torch.library.custom_op("lizardzoo::rotate", compute, mutates_args=())

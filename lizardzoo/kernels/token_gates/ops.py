@@ -3,6 +3,7 @@
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lizardzoo.errors import LizardzooError
-from lizardzoo.kernels.launching import launch, power_of_2, unit_stride
+from lizardzoo.kernels.launching import launch, power_of_2, prepared, unit_stride
 from lizardzoo.kernels.token_gates import triton as kernels
 
 INTERPRETED = kernels.INTERPRETED
@@ -37,9 +38,16 @@ def evaluate(x, gates):
     sigmoids = sum(gate.log_sigmoid << place for place, gate in enumerate(gates))
     if torch.compiler.is_compiling():
         found = _operator(rows, weights, biases, sigmoids)
-    else:
+    elif torch.is_grad_enabled():
         found = _Gates.apply(rows, sigmoids, *weights, *biases)
+    else:
+        found = compute(rows, weights, biases, sigmoids)
     return tuple(y.unflatten(0, x.shape[:2]) for y in found)
+
+
+def _halves(parameters: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Two lists of one length that were given as one."""
+    return list(parameters[: len(parameters) // 2]), list(parameters[len(parameters) // 2 :])
 
 
 def _three(tensors: Any) -> tuple[Tensor, ...]:
@@ -62,45 +70,58 @@ def _tile(x: Tensor, columns: int) -> tuple[str, dict[str, int]]:
     return operand, {"BM": side, "BN": power_of_2(columns), "BK": side}
 
 
-def compute(x: Tensor, weights: list[Tensor], biases: list[Tensor], sigmoids: int) -> list[Tensor]:
-    """Each gate's [M, heads] fp32 of x [M, hidden]; weights and biases are contiguous."""
+@prepared
+def _launch(x, sigmoids, *parameters):
+    weights, biases = _halves(parameters)
     count = x.shape[0]
-    found = [torch.empty(count, weight.shape[1], dtype=torch.float32, device=x.device) for weight in weights]
+    found = [x.new_empty((count, weight.shape[1]), dtype=torch.float32) for weight in weights]
     columns, sizes = _sizes(x, weights, sigmoids)
     pointers = (x, *_three(weights), *_three(biases), *_three(found))
-    numbers, form = (count, x.stride(0)), (x.dtype, x.stride(0))
-    operand, tile = _tile(x, columns)
+    numbers, (operand, tile) = (count, x.stride(0)), _tile(x, columns)
     if not count:
-        return found
+        return tuple(found)
     if count <= FEW:
         tile = {"BM": 16, "BN": 2, "BK": 16 if INTERPRETED else 512}
         grid = (-(-columns // 2), -(-count // 16))
-        launch(kernels.few_rows_kernel, grid, form, pointers, numbers, {**sizes, **tile}, num_warps=8)
+        launch(kernels.few_rows_kernel, grid, pointers, numbers, {**sizes, **tile}, num_warps=8)
     else:
         constants = {**sizes, "OPERAND": operand, **tile}
         grid = -(-count // tile["BM"]), 1
-        launch(kernels.forward_kernel, grid, form, pointers, numbers, constants, num_warps=4, num_stages=1)
-    return found
+        launch(kernels.forward_kernel, grid, pointers, numbers, constants, num_warps=4, num_stages=1)
+    return tuple(found)
+
+
+def compute(x: Tensor, weights: list[Tensor], biases: list[Tensor], sigmoids: int) -> list[Tensor]:
+    """Each gate's [M, heads] fp32 of x [M, hidden]; weights and biases are contiguous."""
+    return list(_launch(x, sigmoids, *weights, *biases))
+
+
+@prepared
+def _launch_backward(x, sigmoids, tokens, *parameters):
+    """Of x, and parts that sum to those of weights and biases."""
+    (weights, found), given = _halves(parameters[: len(parameters) // 3 * 2]), parameters[len(parameters) // 3 * 2 :]
+    count, (columns, sizes) = x.shape[0], _sizes(x, weights, sigmoids)
+    operand, tile = _tile(x, columns)
+    across, blocks = -(-x.shape[1] // tile["BK"]), max(1, -(-count // tile["BM"]))
+    span = -(-blocks // max(1, PROGRAMS // across))
+    parts = -(-blocks // span)
+    d_x = x.new_empty(x.shape if tokens else (0,))
+    d_w = x.new_empty((parts, x.shape[1], columns), dtype=torch.float32)
+    d_b = x.new_empty((parts, columns), dtype=torch.float32)
+    launch(
+        kernels.gradient_kernel, (across, parts),
+        (x, *_three(weights), *_three(found), *_three(given), d_x, d_w, d_b),
+        (count, x.stride(0), span),
+        {**sizes, "OPERAND": operand, "TOKENS": tokens, **tile}, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return d_x, d_w, d_b
 
 
 def gradients(
     x: Tensor, weights: list[Tensor], found: list[Tensor], given: list[Tensor], sigmoids: int, tokens: bool
 ) -> list[Tensor]:
     """Of x (empty unless `tokens`), of all weights side by side [hidden, N], and of all biases [N]."""
-    count, (columns, sizes) = x.shape[0], _sizes(x, weights, sigmoids)
-    operand, tile = _tile(x, columns)
-    across, blocks = -(-x.shape[1] // tile["BK"]), max(1, -(-count // tile["BM"]))
-    span = -(-blocks // max(1, PROGRAMS // across))
-    parts = -(-blocks // span)
-    d_x = torch.empty(x.shape if tokens else (0,), dtype=x.dtype, device=x.device)
-    d_w = torch.empty(parts, x.shape[1], columns, dtype=torch.float32, device=x.device)
-    d_b = torch.empty(parts, columns, dtype=torch.float32, device=x.device)
-    launch(
-        kernels.gradient_kernel, (across, parts), (x.dtype, x.stride(0)),
-        (x, *_three(weights), *_three(found), *_three(given), d_x, d_w, d_b),
-        (count, x.stride(0), span),
-        {**sizes, "OPERAND": operand, "TOKENS": tokens, **tile}, num_warps=4, num_stages=1,
-    )  # fmt: skip
+    d_x, d_w, d_b = _launch_backward(x, sigmoids, tokens, *weights, *found, *given)
     return [d_x, d_w.sum(0), d_b.sum(0)]
 
 
@@ -158,7 +179,7 @@ class _Gates(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, sigmoids, *parameters):
-        weights, biases = list(parameters[: len(parameters) // 2]), list(parameters[len(parameters) // 2 :])
+        weights, biases = _halves(parameters)
         found = compute(x, weights, biases, sigmoids)
         _setup_context(ctx, (x, weights, biases, sigmoids), found)
         return tuple(found)

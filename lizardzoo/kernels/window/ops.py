@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lizardzoo.errors import LizardzooError
-from lizardzoo.kernels.launching import decisive, launch, power_of_2, strides, unit_stride
+from lizardzoo.kernels.launching import launch, power_of_2, prepared, strides, unit_stride
 from lizardzoo.kernels.rows import arrange, unroll
-from lizardzoo.kernels.state import writable
+from lizardzoo.kernels.state import overwriting, writable
 from lizardzoo.kernels.window import triton as kernels
 from lizardzoo.kernels.window.state import next_state
 
@@ -85,23 +85,31 @@ NUMBERS = "SymInt window, SymInt keep, SymInt offset, float scale"
 
 
 def attend(q, k, v, sink, first, lengths, window, keep, offset, scale):
-    """y, log_mass. k, v [B, offset + T, Hkv, D]; sink [H]; first [B] or [B, T], lengths [B]: int32."""
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    """y, log_mass; in a `prepared` function.
+
+    k, v [B, offset + T, Hkv, D], with `unit_stride` as q; sink [H]; first [B] or [B, T], lengths [B]: int32.
+    """
     batch, count, heads, _ = q.shape
-    y = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
-    log_mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    y, log_mass = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
     tiles, options = _tiles("forward", q, v)
     launch(
         kernels.forward_kernel, (batch * k.shape[2] * _cdiv(count * (heads // k.shape[2]), tiles["M"]),),
-        (*decisive(q, k, v), sink is None, first is None, lengths is None),
         (q, k, v, sink, first, lengths, y, log_mass), (count, window, keep, offset, scale, *strides(q, k, v)),
         {**_sizes(q, k, v, first), "KEEP": keep > 0, **tiles, "R": KEPT_BLOCK}, **options,
     )  # fmt: skip
     return y, log_mass
 
 
+_attend = prepared(attend)
+
+
+def compute(q, k, v, *rest):
+    """y, log_mass of one call."""
+    return _attend(unit_stride(q), unit_stride(k), unit_stride(v), *rest)
+
+
 _attention = torch.library.custom_op(
-    "lizardzoo::window_attention", attend, mutates_args=(), schema=f"({SIGNATURE}, {NUMBERS}) -> (Tensor, Tensor)"
+    "lizardzoo::window_attention", compute, mutates_args=(), schema=f"({SIGNATURE}, {NUMBERS}) -> (Tensor, Tensor)"
 )
 
 
@@ -111,38 +119,35 @@ def _(q, k, v, sink, first, lengths, window, keep, offset, scale):
 
 
 def gradients(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, window, keep, offset, scale):
-    """Gradients of q, k and v, and delta = dy.y - dlog_mass.
+    """Gradients of q, k and v, and delta = dy.y - dlog_mass; in a `prepared` function.
 
-    y and log_mass may be those of a larger sum that has other terms beside the window's.
+    q, k, v as in `attend`, the others contiguous. y and log_mass may be those of a larger sum that has other terms
+    beside the window's.
     """
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    dy = dy.contiguous()
-    dlog_mass = None if dlog_mass is None else dlog_mass.contiguous()
     batch, count, heads, _ = q.shape
     kv_heads, groups = k.shape[2], heads // k.shape[2]
-    delta = torch.empty_like(log_mass)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta = log_mass.new_empty(log_mass.shape)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     numbers = (count, window, keep, offset, scale, *strides(q, k, v))
-    form = (*decisive(q, k, v, y, dy), first is None, lengths is None, dlog_mass is None)
     sizes = _sizes(q, k, v, first)
     tiles, options = _tiles("query", q, v)
     chunks, in_chunk = _cdiv(count, CHUNK) - 1 if keep else 0, CHUNK * groups // tiles["M"]
     columns, grid, width = batch * kv_heads, _cdiv(count * groups, tiles["M"]), keep * (k.shape[3] + v.shape[3])
     later = grid - in_chunk if chunks else 0
-    parts, sums = (torch.empty(columns, n, width, dtype=torch.float32, device=q.device) for n in (later, chunks))
+    parts, sums = (q.new_empty((columns, n, width), dtype=torch.float32) for n in (later, chunks))
     launch(
-        kernels.query_gradient_kernel, (columns * grid,), form,
+        kernels.query_gradient_kernel, (columns * grid,),
         (q, k, v, first, lengths, y, log_mass, dy, dlog_mass, delta, dq, parts), numbers,
         {**sizes, "KEEP": keep > 0, **tiles, "R": KEPT_BLOCK, "C": CHUNK}, **options,
     )  # fmt: skip
     if chunks:
         launch(
-            kernels.sum_parts_kernel, (columns * chunks, _cdiv(width, SUMMED)), (), (parts, sums), (later, width),
+            kernels.sum_parts_kernel, (columns * chunks, _cdiv(width, SUMMED)), (parts, sums), (later, width),
             {"TILES": in_chunk, "BLOCK": SUMMED}, num_warps=1,
         )  # fmt: skip
     tiles, options = _tiles("key", q, v)
     launch(
-        kernels.key_gradient_kernel, (columns * _cdiv(offset + count, tiles["N"]),), form,
+        kernels.key_gradient_kernel, (columns * _cdiv(offset + count, tiles["N"]),),
         (q, k, v, first, lengths, log_mass, dy, delta, sums, dk, dv), numbers,
         {**sizes, "KEEP": keep > 0, **tiles, "C": CHUNK}, **options,
     )  # fmt: skip
@@ -157,9 +162,16 @@ def sink_gradient(sink, log_mass, delta):
     return -torch.where(share > 0, share * delta, 0.0).sum((0, 1))
 
 
-def compute_backward(q, k, v, sink, first, lengths, y, log_mass, *arguments):
+_gradients = prepared(gradients)
+
+
+def compute_backward(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, *numbers):
     """Gradients of q, k, v, and of sink (empty without one)."""
-    dq, dk, dv, delta = gradients(q, k, v, sink, first, lengths, y, log_mass, *arguments)
+    dlog_mass = None if dlog_mass is None else dlog_mass.contiguous()
+    dq, dk, dv, delta = _gradients(
+        unit_stride(q), unit_stride(k), unit_stride(v), sink, first, lengths, y, log_mass, dy.contiguous(), dlog_mass,
+        *numbers,
+    )  # fmt: skip
     dsink = sink_gradient(sink, log_mass, delta)
     return dq, dk, dv, q.new_empty(0, dtype=torch.float32) if dsink is None else dsink
 
@@ -201,7 +213,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = attend(*inputs)
+        output = compute(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
@@ -258,7 +270,10 @@ def chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_sta
         rows = arrange(q, mask, starts, None if state is None else state.length)
         q, k, v = rows.pack(q), rows.pack(k), rows.pack(v)
     *near, offset = place(k, v, sinks, q.shape[2], rows, starts is not None, state)
-    run = _attention if torch.compiler.is_compiling() else _Attention.apply
+    if torch.compiler.is_compiling():
+        run: Any = _attention
+    else:
+        run = _Attention.apply if torch.is_grad_enabled() else compute
     y, log_mass = run(q, *near, window, keep, offset, float(scale))
     new_state = next_state(k, v, rows, state, window, keep) if return_state else None
     if rows is not None:
@@ -266,34 +281,44 @@ def chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_sta
     return y, log_mass, new_state
 
 
-@torch.library.custom_op(
-    "lizardzoo::window_attention_step", mutates_args=("ring_k", "ring_v", "kept_k", "kept_v", "length")
-)
-def _step(
-    q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, kept_k: Tensor, kept_v: Tensor, length: Tensor,
-    sinks: Tensor | None, mask: Tensor | None, scale: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y, log_mass; the (contiguous) state moves on in place."""
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+@prepared
+def _launch_step(q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, scale):
     (batch, _, heads, _), kv_heads = q.shape, k.shape[2]
-    y = torch.empty(batch, 1, heads, v.shape[3], dtype=q.dtype, device=q.device)
-    log_mass = torch.empty(batch, 1, heads, dtype=torch.float32, device=q.device)
+    y, log_mass = q.new_empty((batch, 1, heads, v.shape[3])), q.new_empty((batch, 1, heads), dtype=torch.float32)
     shape = {name: value for name, value in _sizes(q, k, v, None).items() if name != "DOCUMENTS"}
-    sinks, mask = (None if x is None else x.contiguous() for x in (sinks, mask))
     wide = max(shape["BLOCK_DK"], shape["BLOCK_DV"]) * q.element_size()  # N: what the shared memory holds, two stages
     tile = {
         "M": power_of_2(heads // kv_heads),
         "N": 16 if INTERPRETED else min(64, max(16, 8192 // wide)),
     }
-    with torch.cuda.device_of(q):  # Triton launches on the current one
-        kernels.step_kernel[(batch * kv_heads,)](
-            q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, y, log_mass, ring_k.shape[1], kept_k.shape[1],
-            0 if sinks is None else sinks.shape[-1], scale, *(x.stride(axis) for x in (q, k, v) for axis in (0, 2)),
-            0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], **shape, **tile, R=KEPT_BLOCK,
-            num_warps=4, num_stages=2,
-        )  # fmt: skip
+    launch(
+        kernels.step_kernel, (batch * kv_heads,),
+        (q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, y, log_mass),
+        (ring_k.shape[1], kept_k.shape[1], 0 if sinks is None else sinks.shape[-1], scale,
+         *(x.stride(axis) for x in (q, k, v) for axis in (0, 2)),
+         0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1]),
+        {**shape, **tile, "R": KEPT_BLOCK}, num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return y, log_mass
+
+
+def compute_step(
+    q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, kept_k: Tensor, kept_v: Tensor, length: Tensor,
+    sinks: Tensor | None, mask: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y, log_mass; the (contiguous) state moves on in place."""
+    sinks, mask = (None if x is None else x.contiguous() for x in (sinks, mask))
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    y, log_mass = _launch_step(q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, scale)
     length += 1 if mask is None else mask[:, 0]
     return y, log_mass
+
+
+_step = torch.library.custom_op(
+    "lizardzoo::window_attention_step",
+    compute_step,
+    mutates_args=("ring_k", "ring_v", "kept_k", "kept_v", "length"),
+)
 
 
 @_step.register_fake
@@ -310,4 +335,5 @@ def step(q, k, v, keep, sinks, scale, mask, state, in_place):
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
         return chunked(q, k, v, state.k.shape[1], keep, sinks, scale, mask, None, state, True)
     state = writable("window_attention", state, in_place)
-    return *_step(q, k, v, *state, sinks, mask, float(scale)), state
+    found = overwriting(_step, compute_step, state, q, k, v, *state, sinks, mask, float(scale))
+    return *found, state
