@@ -70,14 +70,14 @@ def mass_of(inputs: Inputs, window: int, keep: int = 0, **options: Any) -> Tenso
 @pytest.fixture
 def choices(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
     """What every call of the kernels chose, in order."""
-    found, choose = [], ops.choose
+    found, choose = [], ops.compute_choice
 
     def record(*arguments: Any) -> tuple[Tensor, ...]:
         results = choose(*arguments)
         found.append(dict(zip(("keys", "places", "until", "following", "drawn"), results, strict=True)))
         return results
 
-    monkeypatch.setattr(ops, "choose", record)
+    monkeypatch.setattr(ops, "compute_choice", record)
     return found
 
 

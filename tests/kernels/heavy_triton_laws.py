@@ -127,7 +127,7 @@ def test_the_choice_is_that_of_the_reference_bit_for_bit(data: st.DataObject) ->
     q = torch.randn(2, length, 2, 4, generator=generator).round()
     k = torch.randn(2, length, 2, 4, generator=generator).round()
     log_mass = torch.zeros(2, length, 2) + 20  # any number; whole scores, so equal ones
-    keys, places, until, following, drawn = ops.choose(
+    keys, places, until, following, drawn = ops.compute_choice(
         q, k, log_mass, None, None, None, None, window, keep, heavy, 0, 0.0, 1.0
     )
     leaves = torch.arange(length) >= window + keep
@@ -289,7 +289,7 @@ def test_the_ops_keep_what_torch_asks_of_them() -> None:
     chosen = (q.detach(), k.detach(), torch.zeros(1, 20, 2), None, None)
     for flags in ((None, None), (first, torch.tensor([18], dtype=torch.int32))):
         torch.library.opcheck(ops._choice, (*chosen, *flags, 5, 2, 3, 0, 0.1, 0.5))
-    _, places, until, following, _ = ops.choose(*chosen, None, None, 5, 2, 3, 0, 0.1, 0.5)
+    _, places, until, following, _ = ops.compute_choice(*chosen, None, None, 5, 2, 3, 0, 0.1, 0.5)
     torch.library.opcheck(ops._attention, (q, k, v, places, until, following, None, -8, 0.5))
     past = init_window_state(1, 1, 4, 5, 2, torch.float32, "cpu")
     state = init_state(1, 1, 4, 5, 3, torch.float32, "cpu")

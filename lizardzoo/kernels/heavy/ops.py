@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from lizardzoo.kernels.heavy import triton as kernels
 from lizardzoo.kernels.heavy import triton_choice as choice
 from lizardzoo.kernels.heavy.state import by_score, next_state
-from lizardzoo.kernels.launching import decisive, launch, power_of_2, strides, unit_stride
+from lizardzoo.kernels.launching import launch, power_of_2, prepared, strides, unit_stride
 from lizardzoo.kernels.rows import arrange, last_document, unroll
 from lizardzoo.kernels.window import ops as window_ops
 
@@ -59,10 +59,10 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
 
 
 def choose(q, k, log_mass, before, past, first, lengths, window, keep, heavy, offset, fade, scale):
-    """Who is held when.
+    """Who is held when; in a `prepared` function.
 
     Args:
-        q, k, log_mass: [B, T, H, D], [B, offset + T, Hkv, D], [B, T, H] fp32.
+        q, k, log_mass: [B, T, H, D], [B, offset + T, Hkv, D], with `unit_stride`; [B, T, H] fp32.
         before: [B, window, Hkv], what the state's tokens have drawn, oldest first.
         past: [B, Hkv, heavy], keys of what the state holds, best first (see `triton_choice.py`).
         first, lengths: see `window.ops.bounds`.
@@ -72,18 +72,16 @@ def choose(q, k, log_mass, before, past, first, lengths, window, keep, heavy, of
         until, following: [B, Hkv, N, heavy + C] int32: `Selection.until`; which candidate of the next chunk each is.
         drawn: [B, window + T, Hkv], of the state's window and the new tokens.
     """
-    q, k = unit_stride(q), unit_stride(k)
     batch, count, heads, dim = q.shape
     kv_heads, documents = k.shape[2], first is not None and first.ndim == 2
-    lines, chunks, device = batch * kv_heads, _cdiv(count, CHUNK), q.device
-    integers = partial(torch.empty, dtype=torch.int32, device=device)
+    lines, chunks = batch * kv_heads, _cdiv(count, CHUNK)
+    integers = partial(q.new_empty, dtype=torch.int32)
     whole = torch.int64 if documents else torch.int32
-    stream = integers(batch, kv_heads, count, dtype=whole)
-    drawn = torch.empty(batch, window + count, kv_heads, dtype=torch.float32, device=device)
+    stream = integers((batch, kv_heads, count), dtype=whole)
+    drawn = q.new_empty((batch, window + count, kv_heads), dtype=torch.float32)
     tiles, options = _tiles("drawn", q, k)
     launch(
         choice.drawn_kernel, (lines * _cdiv(window + count, tiles["N"]),),
-        (*decisive(q, k), before is None, first is None, lengths is None),
         (q, k, log_mass, before, first, lengths, stream, drawn),
         (count, window, keep, offset, fade, scale, *strides(q, k)),
         {"HKV": kv_heads, "G": heads // kv_heads, "DK": dim, "BLOCK_DK": power_of_2(dim), "DOCUMENTS": documents,
@@ -93,31 +91,39 @@ def choose(q, k, log_mass, before, past, first, lengths, window, keep, heavy, of
     shape = (batch, kv_heads, chunks + 1, heavy)
     keys, places = integers(shape, dtype=whole), integers(shape)
     launch(
-        choice.sort_kernel, (lines * (chunks + 1),), (whole, past is None), (stream, past, keys, places),
+        choice.sort_kernel, (lines * (chunks + 1),), (stream, past, keys, places),
         (count, heavy), {"C": CHUNK}, num_warps=8,
     )  # fmt: skip
     tile, reach = 16 if INTERPRETED else min(128, power_of_2(heavy)), 1
-    other_keys, other_places = torch.empty_like(keys), torch.empty_like(places)
+    other_keys, other_places = integers(shape, dtype=whole), integers(shape)
     while reach <= chunks:  # doubles how many chunks back a list has seen
         launch(
-            choice.merge_kernel, (lines * (chunks + 1) * _cdiv(heavy, tile),), (whole,),
+            choice.merge_kernel, (lines * (chunks + 1) * _cdiv(heavy, tile),),
             (keys, places, other_keys, other_places), (chunks + 1, heavy, reach), {"J": tile}, num_warps=4,
         )  # fmt: skip
         keys, places, other_keys, other_places = other_keys, other_places, keys, places
         reach *= 2
-    until, following = (integers(batch, kv_heads, chunks, heavy + CHUNK) for _ in range(2))
+    until, following = (integers((batch, kv_heads, chunks, heavy + CHUNK)) for _ in range(2))
     tile = 16 if INTERPRETED else 32
     launch(
-        choice.until_kernel, (lines * chunks * _cdiv(heavy + CHUNK, tile),), (whole, first is None),
+        choice.until_kernel, (lines * chunks * _cdiv(heavy + CHUNK, tile),),
         (stream, keys, first, until, following), (count, heavy),
         {"HKV": kv_heads, "DOCUMENTS": documents, "C": CHUNK, "J": tile}, num_warps=4,
     )  # fmt: skip
     return keys, places, until, following, drawn
 
 
+_choose = prepared(choose)
+
+
+def compute_choice(q, k, *rest):
+    """What `choose` gives, of one call."""
+    return _choose(unit_stride(q), unit_stride(k), *rest)
+
+
 _choice = torch.library.custom_op(
     "lizardzoo::heavy_choice",
-    choose,
+    compute_choice,
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor log_mass, Tensor? before, Tensor? past, Tensor? first, Tensor? lengths,"
     " SymInt window, SymInt keep, SymInt heavy, SymInt offset, float fade, float scale)"
@@ -137,24 +143,30 @@ def _(q, k, log_mass, before, past, first, lengths, window, keep, heavy, offset,
 
 
 def attend(q, k, v, places, until, following, lengths, shift, scale):
-    """y, log_mass of q [B, T, H, D] on what `choose` found; place p is row p + shift of k and v."""
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    """y, log_mass of q [B, T, H, D] on what `choose` found; place p is row p + shift of k and v; `prepared`."""
     (batch, count, heads, _), (_, kv_heads, lists, heavy) = q.shape, places.shape
-    y = torch.empty(*q.shape[:3], v.shape[3], dtype=q.dtype, device=q.device)
-    log_mass = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
+    y, log_mass = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
     tiles, options = _tiles("forward", q, v)
     launch(
         kernels.forward_kernel, (batch * kv_heads * (lists - 1) * _cdiv(CHUNK * (heads // kv_heads), tiles["M"]),),
-        (*decisive(q, k, v), lengths is None), (q, k, v, places, until, lengths, y, log_mass),
+        (q, k, v, places, until, lengths, y, log_mass),
         (count, heavy, shift, scale, *strides(q, k, v)), {**_sizes(q, k, v), **tiles}, **options,
     )  # fmt: skip
     return y, log_mass
 
 
+_attend = prepared(attend)
+
+
+def compute(q, k, v, *rest):
+    """y, log_mass of one call."""
+    return _attend(unit_stride(q), unit_stride(k), unit_stride(v), *rest)
+
+
 SIGNATURE = "Tensor q, Tensor k, Tensor v, Tensor places, Tensor until, Tensor following, Tensor? lengths"
 _attention = torch.library.custom_op(
     "lizardzoo::heavy_attention",
-    attend,
+    compute,
     mutates_args=(),
     schema=f"({SIGNATURE}, SymInt shift, float scale) -> (Tensor, Tensor)",
 )
@@ -166,41 +178,48 @@ def _(q, k, v, places, until, following, lengths, shift, scale):
 
 
 def gradients(q, k, v, places, until, following, lengths, y, log_mass, dy, dlog_mass, shift, scale):
-    """Gradients of q, k and v."""
-    q, k, v, dy = unit_stride(q), unit_stride(k), unit_stride(v), dy.contiguous()
-    dlog_mass = None if dlog_mass is None else dlog_mass.contiguous()
+    """Gradients of q, k and v, which have `unit_stride`; the others are contiguous; `prepared`."""
     (batch, count, heads, _), (_, kv_heads, lists, heavy) = q.shape, places.shape
     lines, chunks, total, sizes = batch * kv_heads, lists - 1, k.shape[1], _sizes(q, k, v)
-    delta = torch.empty_like(log_mass)
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    delta = log_mass.new_empty(log_mass.shape)
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     numbers = (count, heavy, shift, scale, *strides(q, k, v))
-    form = (*decisive(q, k, v, y, dy), lengths is None, dlog_mass is None)
     tiles, options = _tiles("query", q, v)
     launch(
-        kernels.query_gradient_kernel, (lines * chunks * _cdiv(CHUNK * (heads // kv_heads), tiles["M"]),), form,
+        kernels.query_gradient_kernel, (lines * chunks * _cdiv(CHUNK * (heads // kv_heads), tiles["M"]),),
         (q, k, v, places, until, lengths, y, log_mass, dy, dlog_mass, delta, dq), numbers, {**sizes, **tiles},
         **options,
     )  # fmt: skip
-    part_k, part_v = (
-        torch.empty(*until.shape, x.shape[3], dtype=torch.float32, device=x.device) for x in (k, v)
-    )  # of each chunk
+    part_k, part_v = (x.new_empty((*until.shape, x.shape[3]), dtype=torch.float32) for x in (k, v))  # of each chunk
     tiles, options = _tiles("candidate", q, v)
     launch(
-        kernels.candidate_gradient_kernel, (lines * chunks * _cdiv(heavy + CHUNK, tiles["N"]),), form,
+        kernels.candidate_gradient_kernel, (lines * chunks * _cdiv(heavy + CHUNK, tiles["N"]),),
         (q, k, v, places, until, lengths, log_mass, dy, delta, part_k, part_v), numbers, {**sizes, **tiles}, **options,
     )  # fmt: skip
     tile = 16 if INTERPRETED or max(sizes["BLOCK_DK"], sizes["BLOCK_DV"]) > 128 else 32
     sizes.pop("G")
     launch(
-        kernels.token_gradient_kernel, (lines * _cdiv(total, tile),), (k.dtype,),
+        kernels.token_gradient_kernel, (lines * _cdiv(total, tile),),
         (following, part_k, part_v, dk, dv), (count, heavy, shift, total), {**sizes, "N": tile}, num_warps=4,
     )  # fmt: skip
     return dq, dk, dv
 
 
+_gradients = prepared(gradients)
+
+
+def compute_backward(q, k, v, places, until, following, lengths, y, log_mass, dy, dlog_mass, *numbers):
+    """Gradients of q, k and v, of one call."""
+    dlog_mass = None if dlog_mass is None else dlog_mass.contiguous()
+    return _gradients(
+        unit_stride(q), unit_stride(k), unit_stride(v), places, until, following, lengths, y, log_mass,
+        dy.contiguous(), dlog_mass, *numbers,
+    )  # fmt: skip
+
+
 _backward = torch.library.custom_op(
     "lizardzoo::heavy_attention_backward",
-    gradients,
+    compute_backward,
     mutates_args=(),
     schema=f"({SIGNATURE}, Tensor y, Tensor log_mass, Tensor dy, Tensor? dlog_mass, SymInt shift, float scale)"
     " -> (Tensor, Tensor, Tensor)",
@@ -232,14 +251,14 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = attend(*inputs)
+        output = compute(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy, dlog_mass):
-        return _autograd(gradients, ctx, dy, dlog_mass)
+        return _autograd(compute_backward, ctx, dy, dlog_mass)
 
 
 def chunked(q, k, v, log_mass, window, keep, heavy, fade, scale, mask, starts, past, state, return_state):
@@ -267,7 +286,7 @@ def chunked(q, k, v, log_mass, window, keep, heavy, fade, scale, mask, starts, p
     shift = offset - heavy - window
     compiling = torch.compiler.is_compiling()
     with torch.no_grad():
-        keys, places, until, following, drawn = (_choice if compiling else choose)(
+        keys, places, until, following, drawn = (_choice if compiling else compute_choice)(
             q.detach(), k.detach(), log_mass.detach().float().contiguous(), before, keys_before, first, lengths, window,
             keep, heavy, offset, float(fade), float(scale),
         )  # fmt: skip
