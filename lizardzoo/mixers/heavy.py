@@ -13,7 +13,7 @@ from lizardzoo.kernels import HeavyState, WindowState, heavy_attention, heavy_at
 from lizardzoo.kernels.heavy import init_state as init_heavy_state
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
 from lizardzoo.mixers.branches import MAX_SIZE, WindowBranch, WindowFields
-from lizardzoo.mixers.merge import Branch, joint
+from lizardzoo.mixers.merge import Branch, joint, mass_shares
 
 
 @register_mixer("heavy")
@@ -108,9 +108,7 @@ class HeavyMixer(Mixer):
         return joint(list(branches.values()), branches[next(iter(branches))].y.dtype)
 
     def shares(self, branches: dict[str, Branch], x: Tensor) -> dict[str, Tensor]:
-        """A branch's part is its part of the mass."""
-        masses = torch.stack([branch.log_mass for branch in branches.values()])
-        return dict(zip(branches, masses.softmax(0)))
+        return mass_shares(branches)
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> HeavyMixerState:
         spec, shape = self.spec, self.shape

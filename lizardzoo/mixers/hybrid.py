@@ -17,7 +17,7 @@ from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs, start_valu
 from lizardzoo.mixers.branches import LinearBranch, LinearFields, WindowBranch, WindowFields
 from lizardzoo.mixers.gates import TokenGate, evaluate
 from lizardzoo.mixers.gates import kernels as gate_kernels
-from lizardzoo.mixers.merge import Branch, Merge, joint, unnormalized
+from lizardzoo.mixers.merge import Branch, Merge, joint, mass_shares, unnormalized
 
 LOG_SCALE_START = -2.0
 """Where an uncalibrated log-scale starts: low enough for the linear branch to help before it is trained (SmolLM2-135M,
@@ -187,11 +187,9 @@ class HybridMixer(Mixer):
         return total
 
     def shares(self, branches: dict[str, Branch], x: Tensor) -> dict[str, Tensor]:
-        """Under one denominator a branch's part is its part of the mass."""
         if self.spec.merge != "joint":
             return super().shares(branches, x)
-        masses = torch.stack([branch.log_mass for branch in branches.values()])
-        return dict(zip(branches, masses.softmax(0)))
+        return mass_shares(branches)
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> HybridState:
         window = self.window.init_state(self.spec, batch, dtype, device)

@@ -29,6 +29,12 @@ def joint(branches: list[Branch], dtype: torch.dtype) -> Tensor:
     return merge.joint(branches)[0].to(dtype)
 
 
+def mass_shares(branches: dict[str, Branch]) -> dict[str, Tensor]:
+    """Under one denominator a branch's part of the output is its part of the mass; [B, T, H] each."""
+    masses = torch.stack([branch.log_mass for branch in branches.values()])
+    return dict(zip(branches, masses.softmax(0)))
+
+
 def unnormalized(branch: Branch) -> Tensor:
     """The linear branch without its denominator (Lizard's recurrent form)."""
     return branch.log_mass.exp()[..., None] * branch.y

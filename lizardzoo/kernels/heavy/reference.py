@@ -15,6 +15,7 @@ from lizardzoo.kernels.rows import Rows, arrange, last_document, ring_ranks, tak
 from lizardzoo.kernels.state import overwrite
 from lizardzoo.kernels.window import init_state as init_window_state
 from lizardzoo.kernels.window import reference as window_reference
+from lizardzoo.kernels.window.reference import softmax
 
 CHUNK = 128
 LEAST = 100.0
@@ -135,7 +136,7 @@ def step(q, k, v, log_mass, keep, fade, scale, mask, past, state, in_place):  # 
     there = (score > NEG_INF) & real[..., None]
     logits = torch.einsum("bhgd,bshd->bhgs", qs, keys.to(dtype))
     logits = torch.where(there.transpose(1, 2)[:, :, None], logits, NEG_INF)
-    weights, mass = _softmax(logits)
+    weights, mass = softmax(logits)
     y = torch.einsum("bhgs,bshd->bhgd", weights, torch.where(there[..., None], values, 0.0).to(dtype))
     new = HeavyState(keys, values, score, ranks, drawn)
     y, mass = y.flatten(1, 2)[:, None].to(q.dtype), mass.flatten(1, 2)[:, None]
@@ -171,21 +172,10 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, held: Tensor, until: Tensor, scale:
     qs = F.pad(q, (0, 0, 0, 0, 0, fill)).to(dtype) * scale
     qs = qs.view(batch, chunks, chunk, kv_heads, groups, dim).permute(0, 3, 1, 4, 2, 5)  # [B, Hkv, N, G, C, D]
     logits = (qs.flatten(3, 4) @ candidates(k).transpose(-1, -2)).unflatten(3, (groups, chunk))
-    weights, mass = _softmax(logits.masked_fill(~visible(until, heavy)[:, :, :, None], NEG_INF))
+    weights, mass = softmax(logits.masked_fill(~visible(until, heavy)[:, :, :, None], NEG_INF))
     y = (weights.flatten(3, 4) @ candidates(v)).unflatten(3, (groups, chunk))
     y = y.permute(0, 2, 4, 1, 3, 5).reshape(batch, chunks * chunk, heads, -1)[:, :count]
     return y, mass.permute(0, 2, 4, 1, 3).reshape(batch, chunks * chunk, heads)[:, :count]
-
-
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights, and the log of their sum; nothing and -inf where all are -inf."""
-    peak = logits.detach().amax(-1)
-    peak = torch.where(peak == NEG_INF, 0.0, peak)
-    weights = (logits - peak[..., None]).exp()
-    total = weights.sum(-1)
-    empty = total == 0
-    safe = torch.where(empty, 1.0, total)
-    return weights / safe[..., None], torch.where(empty, NEG_INF, safe.log() + peak)
 
 
 @torch.no_grad()

@@ -49,25 +49,9 @@ def _heavy_step(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, log_mass behind the window's log_mass; heavy attention's own state moves on in place."""
     return _launch(
-        q,
-        k,
-        v,
-        given,
-        ring_k,
-        ring_v,
-        kept_k,
-        kept_v,
-        length,
-        held_k,
-        held_v,
-        score,
-        rank,
-        drawn,
-        None,
-        mask,
-        fade,
+        q, k, v, given, ring_k, ring_v, kept_k, kept_v, length, held_k, held_v, score, rank, drawn, None, mask, fade,
         scale,
-    )
+    )  # fmt: skip
 
 
 @torch.library.custom_op(
@@ -81,25 +65,9 @@ def _joint_step(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, log_mass of the window and of heavy attention together; both states move on in place."""
     y, log_mass = _launch(
-        q,
-        k,
-        v,
-        None,
-        ring_k,
-        ring_v,
-        kept_k,
-        kept_v,
-        length,
-        held_k,
-        held_v,
-        score,
-        rank,
-        drawn,
-        sinks,
-        mask,
-        fade,
+        q, k, v, None, ring_k, ring_v, kept_k, kept_v, length, held_k, held_v, score, rank, drawn, sinks, mask, fade,
         scale,
-    )
+    )  # fmt: skip
     length += 1 if mask is None else mask[:, 0]
     return y, log_mass
 

@@ -62,7 +62,7 @@ def chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_sta
     if keep:
         kept_scores, kept_values = _kept(qs, k, v, kept_k, kept_v, rows, keep, window, starts is not None, fill)
         scores = torch.cat([scores, kept_scores], -1)
-    weights, log_mass = _softmax(scores, sinks, kv_heads, groups)
+    weights, log_mass = softmax(scores, sinks)
     y = (weights[..., : reach + chunk].flatten(3, 4) @ vs.transpose(-1, -2)).unflatten(3, (groups, chunk))
     if keep:
         y = y + _kept_sum(weights[..., reach + chunk :], kept_values)
@@ -95,7 +95,7 @@ def step(q, k, v, keep, sinks, scale, mask, state, in_place):  # type: ignore[no
 
     qs = q[:, 0].to(dtype).unflatten(1, (kv_heads, groups)) * scale
     scores = torch.einsum("bhgd,bshd->bhgs", qs, keys).masked_fill(~visible[:, None, None], NEG_INF)
-    weights, log_mass = _softmax(scores[..., None, :], sinks, kv_heads, groups)
+    weights, log_mass = softmax(scores[..., None, :], sinks)
     values = torch.where(visible[..., None, None], values, 0.0)
     y = torch.einsum("bhgs,bshd->bhgd", weights[..., 0, :], values).flatten(1, 2)[:, None]
     log_mass = torch.where(real[..., None], log_mass.flatten(1, 2)[:, None, :, 0], NEG_INF)
@@ -103,13 +103,14 @@ def step(q, k, v, keep, sinks, scale, mask, state, in_place):  # type: ignore[no
     return y.to(q.dtype), log_mass, overwrite(state, new) if in_place else new
 
 
-def _softmax(scores: Tensor, sinks: Tensor | None, kv_heads: int, groups: int) -> tuple[Tensor, Tensor]:
+def softmax(scores: Tensor, sinks: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Weights and log of the denominator over the last axis of scores [..., Hkv, G, queries, keys].
 
     The maximum is taken over scores and sinks, else a large sink overflows.
     """
     peak = scores.detach().amax(-1)
     if sinks is not None:
+        kv_heads, groups = scores.shape[-4:-2]
         sinks = sinks.to(scores.dtype).expand(kv_heads * groups, -1).view(kv_heads, groups, 1, -1)
         peak = torch.maximum(peak, sinks.detach().amax(-1))
     peak = torch.where(peak == NEG_INF, 0.0, peak)
