@@ -152,18 +152,27 @@ class Comparison:
         return lz.linearize(self.teacher, layers, calibrate=self.calibration)
 
     def ranking(self, variant: Variant) -> list[int]:
-        """Layers by what their softmax is worth, best first: of what the variant is made of, after stage 1."""
+        """Layers by what recall their softmax gives back, best first: of what the variant is made of, after stage 1."""
         values, base = self.results.values["selection"], self.base(variant)
         if base not in values:
             model, of = self.ranked(base, variant)
             keep = min(MOST_KEPT, self.teacher.config.num_hidden_layers)
+            ids, answers = self.asked()
             found = lz.select_layers(
-                model, self.ranking_text, keep, layers=variant.spec_for(self.teacher), teacher=self.teacher,
+                model, ids, keep, layers=variant.spec_for(self.teacher), teacher=self.teacher, weights=answers,
                 greedy=True, batch_size=4,
             )  # fmt: skip
             values[base] = {"of": of, **found.to_dict()}
             self.results.save()
         return values[base]["kept"]
+
+    def asked(self) -> tuple[Tensor, Tensor]:
+        """Questions about training text, and where their answers are: what a few softmax layers are kept for."""
+        length = self.arguments.tokens
+        filler = self.tokenizer.decode(self.ranking_text.flatten(), skip_special_tokens=True)
+        return evaluate.recall_sequences(
+            filler, self.tokenizer, length, RANKING, distances=(length // 4, length * 5 // 8), seed=1
+        )  # fmt: skip
 
     def sizes(self, variant: Variant) -> list[int]:
         """The size of every layer that the variant shares out, chosen on the same model."""

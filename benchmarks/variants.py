@@ -106,8 +106,10 @@ VARIANTS: list[Variant] = [
     ),
     Variant("heavy-by-layer", HEAVY, "heavy tokens shared out among the layers, same state", share="heavy"),
     *(
-        Variant(f"heavy-softmax-{count}", HEAVY, f"heavy, softmax kept in {count} layers", softmax=count)
-        for count in (2, 4)
+        Variant(
+            f"heavy-softmax-{count}", HEAVY, f"heavy, softmax kept in {count} layer{'s' * (count > 1)}", softmax=count
+        )
+        for count in (1, 2, 4, 8)
     ),
     Variant("lizard", PRESETS.get("lizard"), "the paper's formula"),
     Variant("lizard-rope", PRESETS.get("lizard-rope"), "the paper's, with RoPE in the window"),

@@ -514,6 +514,16 @@ def test_select_layers_writes_a_list_that_linearize_takes(student_folder, tiny_f
     assert "is there already" in fail("select-layers", tiny_folder, *common, *arguments)
 
 
+def test_select_layers_by_recall(student_folder, tiny_folder, text_file, tmp_path):
+    common = ("--text", text_file, "--length", 150, "--limit", 2, "--recall", 12, "--recall", 20)
+    out = succeed("select-layers", student_folder, *common, "--keep", 2, "--out", tmp_path / "layers.json")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    ids, answers = evaluate.recall_sequences(text_file, tokenizer, 150, 2, distances=(12, 20))
+    expected = lz.select_layers(lz.from_pretrained(student_folder), ids, 2, weights=answers)
+    assert read_layers(str(tmp_path / "layers.json"), None, 3) == list(expected)
+    assert f"{expected.ranking[0].worth:+.4f}" in out
+
+
 def test_select_windows_writes_a_list_that_linearize_takes(student_folder, text_file, tmp_path):
     common = ("--text", text_file, "--length", 48, "--limit", 2)
     out = succeed("select-windows", student_folder, *common, "--octaves", 1, "--out", tmp_path / "layers.json")

@@ -69,7 +69,7 @@ def call(compare, variants, tiny_folder, tmp_path, monkeypatch):
         compare.main(
             [
                 "--teacher", str(tiny_folder), "--dtype", "float32", "--train", str(tmp_path / "train.txt"),
-                "--text", f"{tmp_path / 'text.txt'}:48:2", "--steps", "2", "2", "--batch", "2", "--tokens", "32",
+                "--text", f"{tmp_path / 'text.txt'}:48:2", "--steps", "2", "2", "--batch", "2", "--tokens", "384",
                 "--out", str(tmp_path / out), *map(str, arguments),
             ]
         )  # fmt: skip

@@ -58,6 +58,16 @@ class Copier(nn.Module):
         return type("Output", (), {"last_hidden_state": hidden})
 
 
+def facts_end_before(tokenizer, filler, ids, first_answer, distance):
+    """Whether a fact ends exactly `distance` tokens of filler before the first question."""
+    sentence = tokenizer.decode(ids[:first_answer]).rpartition("\n")[2]
+    end = first_answer - len(tokenizer("\n" + sentence)["input_ids"]) - distance
+    between = ids[end : end + distance].tolist()
+    return tokenizer.decode(ids[:end]).endswith(".\n") and between in [
+        filler[i : i + distance] for i in range(len(filler))
+    ]
+
+
 @pytest.mark.parametrize("pairs", [1, 3])
 def test_a_prompt_asks_for_its_facts_after_exactly_the_distance(tiny_tokenizer, filler, pairs):
     for distance in (1, 40):
@@ -72,15 +82,36 @@ def test_a_prompt_asks_for_its_facts_after_exactly_the_distance(tiny_tokenizer, 
                 assert number.strip().isdecimal()
                 assert len(number.strip()) == 5
                 assert text.count(number) == 2
-            sentence = tiny_tokenizer.decode(prompt.ids[:first_question]).rpartition("\n")[2]
-            stem = len(tiny_tokenizer("\n" + sentence)["input_ids"])
-            facts_end = first_question - stem - distance
-            assert tiny_tokenizer.decode(prompt.ids[:facts_end]).endswith(".\n")
-            assert prompt.ids[facts_end : facts_end + distance].tolist() in [
-                filler[i : i + distance] for i in range(len(filler))
-            ]
+            assert facts_end_before(tiny_tokenizer, filler, prompt.ids, first_question, distance)
             assert "magic" not in tiny_tokenizer.decode(prompt.ids[:LEAD])
             assert prompt.answers[-1].stop == len(prompt.ids)
+
+
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_sequences_of_recall_are_prompts_of_one_length_with_their_answers_marked(tiny_tokenizer, filler, pairs):
+    length, distances = 400, (20, 90)
+    ids, answers = evaluate.recall_sequences(FILLER, tiny_tokenizer, length, 5, distances=distances, pairs=pairs)
+    assert ids.shape == answers.shape == (5, length)
+    assert set(answers.unique().tolist()) == {0.0, 1.0}
+    for row, (sequence, marked) in enumerate(zip(ids, answers.bool())):
+        text = tiny_tokenizer.decode(sequence)
+        told = [part.split(".")[0] for part in text.split("The magic number of ")[1:]]
+        assert set(told[:pairs]) == set(told[pairs:])
+        assert tiny_tokenizer.decode(sequence[marked]).split() == [fact.split(" is ")[1] for fact in told[pairs:]]
+        assert marked[-1]
+        assert facts_end_before(tiny_tokenizer, filler, sequence, int(marked.nonzero()[0]), distances[row % 2])
+
+
+def test_sequences_of_recall_that_cannot_be_are_refused(tiny_tokenizer):
+    make = evaluate.recall_sequences
+    with pytest.raises(LizardzooError, match="do not fit into 60 tokens"):
+        make(FILLER, tiny_tokenizer, 60, 2, distances=(50,))
+    with pytest.raises(LizardzooError, match=r"a limit of as many, got distances=\(8, 16, 32\) and limit=2"):
+        make(FILLER, tiny_tokenizer, 400, 2, distances=(8, 16, 32))
+    with pytest.raises(LizardzooError, match="a limit of as many"):
+        make(FILLER, tiny_tokenizer, 400, 2, distances=())
+    with pytest.raises(LizardzooError, match="fewer than the 100000"):
+        make(FILLER, tiny_tokenizer, 100_000, 2, distances=(8,))
 
 
 def test_the_same_seed_gives_the_same_prompts(tiny_tokenizer, filler):

@@ -93,6 +93,53 @@ def test_a_trained_student_is_ranked_as_it_is_and_left_so(tiny_llama, text):
     assert lz.select_layers(student, text, keep=1).curve == own.curve[:1]
 
 
+@pytest.mark.parametrize("greedy", [False, True])
+def test_with_weights_only_the_tokens_that_count_do(tiny_llama, text, greedy):
+    """The KL of one token of one sequence is what the text cut behind it says of its last prediction."""
+    window = lz.Window(window=WINDOW, keep=0)
+    weights = torch.zeros(text.shape)
+    weights[1, 30] = 0.5  # its size changes nothing
+    found = lz.select_layers(tiny_llama, text, 2, layers=window, weights=weights, greedy=greedy)
+    for count, expected in enumerate(found.curve):
+        layers = [lz.Softmax() if i in found.kept[:count] else window for i in range(3)]
+        student = lz.linearize(tiny_llama, layers)
+        at_last = evaluate.by_position(student, text[1:2, :31], teacher=tiny_llama, buckets=[29]).buckets[-1]
+        assert at_last.tokens == 1
+        assert expected == pytest.approx(at_last.kl, rel=1e-4, abs=1e-6)
+    everything = lz.select_layers(tiny_llama, text, 2, layers=window, weights=torch.full(text.shape, 2.0))
+    assert everything == lz.select_layers(tiny_llama, text, 2, layers=window)
+
+
+def test_of_two_layers_that_look_far_the_one_that_recalls_is_chosen():
+    """Where only the tokens behind `far` count, a layer that nothing but they need is found."""
+    teacher, text = planted([1, 2]), torch.randint(3, 300, (3, LENGTH))
+    alone = {}
+    for layer in (1, 2):
+        layers = [lz.Softmax() if i == layer else lz.Window(window=WINDOW, keep=0) for i in range(4)]
+        alone[layer] = [evaluate.by_position(lz.linearize(teacher, layers), row[None], teacher=teacher) for row in text]
+    for row in range(3):
+        weights = torch.zeros(text.shape)
+        weights[row] = 1
+        found = lz.select_layers(teacher, text, 1, layers=lz.Window(window=WINDOW, keep=0), weights=weights)
+        assert found.kept == [min((1, 2), key=lambda layer: alone[layer][row].overall.kl)]
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ([1.0], r"they are \[3, 40\]; got list"),
+        (torch.ones(3, 39), r"they are \[3, 40\]; got \[3, 39\]"),
+        (torch.zeros(3, 40), "above 0 for some token behind the first"),
+        (torch.eye(3, 40)[:1].expand(3, 40), "above 0 for some token behind the first"),
+        (torch.full((3, 40), -1.0), "at least 0"),
+        (torch.full((3, 40), float("nan")), "finite"),
+    ],
+)
+def test_weights_that_say_nothing_are_refused(tiny_llama, text, weights, message):
+    with pytest.raises(LizardzooError, match=message):
+        lz.select_layers(tiny_llama, text, 1, layers=lz.Window(window=WINDOW), weights=weights)
+
+
 def test_a_teacher_is_calibrated_on_the_text(tiny_llama, text):
     spec = lz.Hybrid(window=WINDOW)
     found = lz.select_layers(tiny_llama, text, keep=0, layers=spec)

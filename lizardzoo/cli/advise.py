@@ -119,6 +119,13 @@ def select_layers(
     greedy: Annotated[
         bool, typer.Option("--greedy", help="One layer after the other, each beside those chosen: better, and slower.")
     ] = False,
+    recall: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Choose by the answers of questions about facts so many tokens back, in place of every token; "
+            "repeatable."
+        ),
+    ] = None,
     length: Annotated[int, typer.Option(help="Tokens per sequence; well beyond the windows.")] = 2048,
     limit: Annotated[int, typer.Option(min=1, help="Read only so many sequences.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 1,
@@ -135,16 +142,21 @@ def select_layers(
           --layers layers.json --out student
 
     A student is ranked as it is; a teacher is linearized with --layers first, and
-    says less: untrained mixers lose what trained ones keep.
+    says less: untrained mixers lose what trained ones keep. What a few softmax
+    layers give back is recall; with --recall 512 --recall 1536 they are chosen by it.
     """
     _refuse_layers_file(file)
-    ids = evaluate.sequences(text, load_tokenizer(model), length, limit)
+    tokenizer, weights = load_tokenizer(model), None
+    if recall:
+        ids, weights = evaluate.recall_sequences(text, tokenizer, length, limit, distances=recall)
+    else:
+        ids = evaluate.sequences(text, tokenizer, length, limit)
     subject = load_model(model, dtype, device)
     expected = None if teacher is None else load_model(teacher, dtype, device)
     with progress_bar("sequences", len(ids)) as progress:
         found = choose_layers(
-            subject, ids, keep, layers=_mixers_for(subject, layers), teacher=expected, greedy=greedy,
-            batch_size=batch_size, progress=progress,
+            subject, ids, keep, layers=_mixers_for(subject, layers), teacher=expected, weights=weights,
+            greedy=greedy, batch_size=batch_size, progress=progress,
         )  # fmt: skip
     _tell(found, file, as_json)
 

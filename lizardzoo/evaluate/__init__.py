@@ -19,13 +19,14 @@ from lizardzoo.evaluate.harness import lm_eval
 from lizardzoo.evaluate.positions import Bucket, ByPosition, by_position
 from lizardzoo.evaluate.questions import question_tasks
 from lizardzoo.evaluate.report import Report, Row, compare
-from lizardzoo.evaluate.retrieval import Recall, RecallReport, retrieval
+from lizardzoo.evaluate.retrieval import Recall, RecallReport, recall_sequences, retrieval
 from lizardzoo.evaluate.text import sequences
 
 __all__ = [
     "by_position",
     "compare",
     "retrieval",
+    "recall_sequences",
     "sequences",
     "without",
     "state_matched_window",

@@ -146,9 +146,10 @@ class Reader:
 
 @dataclass(frozen=True)
 class Curves:
-    """Sums over the sequences at every position, float64 [T - 1]."""
+    """Sums over the sequences at every position, float64 [T - 1]; `weight` is what the means are taken over."""
 
     sequences: int
+    weight: Tensor
     nll: Tensor
     kl: Tensor | None
 
@@ -170,9 +171,9 @@ class Curves:
 
     def _bucket(self, start: int, stop: int) -> Bucket:
         nll = self.nll[start:stop]
-        tokens = self.sequences * len(nll)
-        kl = None if self.kl is None else float(self.kl[start:stop].sum() / tokens)
-        return Bucket(start, stop, tokens, float((nll.sum() / tokens).exp()), kl)
+        weight = self.weight[start:stop].sum()
+        kl = None if self.kl is None else float(self.kl[start:stop].sum() / weight)
+        return Bucket(start, stop, self.sequences * len(nll), float((nll.sum() / weight).exp()), kl)
 
 
 def bucket_edges(models: Sequence[PreTrainedModel], buckets: Sequence[int] | None, window: int | None) -> list[int]:
@@ -204,8 +205,12 @@ def measure(
     batch_size: int = 1,
     chunk_size: int = CHUNK_SIZE,
     progress: Progress | None = None,
+    weights: Tensor | None = None,
 ) -> list[Curves]:
-    """All runs on the same batches, so that the teacher runs once; per token in fp32, summed in float64."""
+    """All runs on the same batches, so that the teacher runs once; per token in fp32, summed in float64.
+
+    weights: [N, T], what the prediction of each token counts (the first one's is never made); None: all the same.
+    """
     goal_run = teacher if isinstance(teacher, Run) or teacher is None else Run(teacher)
     everyone = [*runs, *([] if goal_run is None or goal_run in runs else [goal_run])]
     models = list({id(run.model): run.model for run in everyone}.values())
@@ -214,6 +219,8 @@ def measure(
         raise LizardzooError(f"batch_size must be at least 1, got {batch_size}")
     check_chunks(runs, chunk_size)
     count, length = sequences.shape
+    weights = torch.ones(sequences.shape) if weights is None else weights
+    weights = weights[:, 1:].double().cpu()
     nll = [torch.zeros(length - 1, dtype=torch.float64) for _ in runs]
     kl = [torch.zeros(length - 1, dtype=torch.float64) for _ in runs]
     with ExitStack() as stack:
@@ -221,7 +228,7 @@ def measure(
             stack.enter_context(in_eval_mode(model))
             _check_head(model, sequences[:1, :8])
         for start in range(0, count, batch_size):
-            ids = sequences[start : start + batch_size]
+            ids, counted = sequences[start : start + batch_size], weights[start : start + batch_size]
             readers = [Reader(run, ids, cached=length - 1 > chunk_size) for run in everyone]
             for chunk in _slices(0, length - 1, chunk_size):
                 hidden = [reader.read(chunk) for reader in readers]
@@ -235,12 +242,14 @@ def measure(
                     for index, run in enumerate(runs):
                         log_probs = _log_probs(run.model, hidden[index][:, inner])
                         chosen = log_probs.gather(-1, target.to(log_probs.device).unsqueeze(-1)).squeeze(-1)
-                        nll[index][part] -= chosen.cpu().double().sum(0)
+                        nll[index][part] -= (counted[:, part] * chosen.cpu().double()).sum(0)
                         if goal is not None:
-                            kl[index][part] += _kl(goal.to(log_probs.device), log_probs).cpu().double().sum(0)
+                            lost = _kl(goal.to(log_probs.device), log_probs).cpu().double()
+                            kl[index][part] += (counted[:, part] * lost).sum(0)
             if progress is not None:
                 progress(min(start + batch_size, count), count)
-    return [Curves(count, a, None if teacher is None else b) for a, b in zip(nll, kl)]
+    total = weights.sum(0)
+    return [Curves(count, total, a, None if teacher is None else b) for a, b in zip(nll, kl)]
 
 
 def _log_probs(model: PreTrainedModel, hidden: Tensor) -> Tensor:

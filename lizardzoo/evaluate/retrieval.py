@@ -239,14 +239,18 @@ def make_prompts(
     pairs: int = 1,
     samples: int = 32,
     seed: int = 0,
+    length: int | None = None,
 ) -> list[Prompt]:
-    """The prompts of `retrieval` at one distance (see there), from the filler's token ids."""
+    """The prompts of `retrieval` at one distance (see there), from the filler's token ids.
+
+    length: of every prompt, by more filler before the facts; None: there are LEAD tokens of it.
+    """
     for name, value, most in (("distance", distance, None), ("pairs", pairs, len(PLACES)), ("samples", samples, None)):
         whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
         if not whole or (most is not None and value > most):
             limit = "" if most is None else f" and at most {most}"
             raise LizardzooError(f"{name} must be a whole number of at least 1{limit}, got {value!r}")
-    needed = LEAD + distance
+    needed = LEAD + distance if length is None else length
     if len(filler) < needed:
         raise LizardzooError(
             f"the filler has {len(filler)} tokens, fewer than the {needed} that a distance of {distance} needs; "
@@ -257,17 +261,71 @@ def make_prompts(
     for _ in range(samples):
         start = draw.randrange(len(filler) - needed + 1)
         facts = [(place, str(draw.randrange(10 ** (DIGITS - 1), 10**DIGITS))) for place in draw.sample(PLACES, pairs)]
-        ids = [*begin_of_text(tokenizer), *filler[start : start + LEAD]]
-        for fact in facts:
-            ids += _fact(tokenizer, *fact)[0]
-        ids += filler[start + LEAD : start + needed]
+        begin = begin_of_text(tokenizer)
+        told = [token for fact in facts for token in _fact(tokenizer, *fact)[0]]
+        questions: list[int] = []
         answers = []
         for fact in draw.sample(facts, pairs):
             sentence, number = _fact(tokenizer, *fact)
-            answers.append(slice(len(ids) + number.start, len(ids) + number.stop))
-            ids += sentence
-        prompts.append(Prompt(torch.tensor(ids[: answers[-1].stop]), answers))
+            answers.append(slice(len(questions) + number.start, len(questions) + number.stop))
+            questions += sentence
+        questions = questions[: answers[-1].stop]
+        between = start + (LEAD if length is None else length - len(begin) - len(told) - distance - len(questions))
+        if between < start + LEAD:
+            raise LizardzooError(
+                f"{pairs} fact{'s' * (pairs > 1)}, {distance} tokens between and the questions do not fit into "
+                f"{length} tokens; give a greater length, or smaller distances"
+            )
+        ids = [*begin, *filler[start:between], *told, *filler[between : between + distance]]
+        moved = [slice(part.start + len(ids), part.stop + len(ids)) for part in answers]
+        prompts.append(Prompt(torch.tensor(ids + questions), moved))
     return prompts
+
+
+def recall_sequences(
+    filler: str | os.PathLike[str],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int = 2048,
+    limit: int = 32,
+    *,
+    distances: Sequence[int] = (512, 1536),
+    pairs: int = 1,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The prompts of `retrieval` as sequences of one length, and where their answers are: to choose layers by recall.
+
+    Args:
+        filler: a file (UTF-8, plain or .gz) or the text itself, of at least `length` tokens.
+        tokenizer: the teacher's.
+        length: tokens of every sequence; what a prompt does not need is filler before its facts.
+        limit: sequences, shared out among the distances.
+        distances, pairs, seed: as for `retrieval`.
+
+    Returns:
+        token ids [limit, length], and 1 at each token of an answer, else 0, fp32 [limit, length]: the `sequences` and
+        `weights` of `lizardzoo.select_layers`.
+
+    Raises:
+        LizardzooError: a filler that is missing or too short, numbers that are no counts or do not fit into the length.
+    """
+    if not distances or limit < len(distances):
+        raise LizardzooError(
+            f"every distance needs a sequence: give one distance or more and a limit of as many, got "
+            f"distances={tuple(distances)} and limit={limit}"
+        )
+    text, _ = read_text_or_path(filler)
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids, weights = torch.empty(limit, length, dtype=torch.long), torch.zeros(limit, length)
+    for index, distance in enumerate(distances):
+        rows = range(index, limit, len(distances))
+        prompts = make_prompts(
+            tokenizer, tokens, distance, pairs=pairs, samples=len(rows), seed=seed, length=length
+        )  # fmt: skip
+        for row, prompt in zip(rows, prompts):
+            ids[row] = prompt.ids
+            for part in prompt.answers:
+                weights[row, part] = 1
+    return ids, weights
 
 
 def _fact(tokenizer: PreTrainedTokenizerBase, place: str, number: str) -> tuple[list[int], slice]:

@@ -29,16 +29,42 @@ def student_and_goal(
     return student, Run(model if teacher is None else teacher)
 
 
-class Text:
-    """Sequences, what KL is measured from, and progress over so many rounds through them."""
+def check_weights(weights: Tensor | None, sequences: Tensor) -> None:
+    """Refuse what does not say for each token what it counts."""
+    if weights is None:
+        return
+    if not isinstance(weights, Tensor) or weights.shape != sequences.shape:
+        given = list(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise LizardzooError(
+            f"weights say what each token of the sequences counts, so they are {list(sequences.shape)}; got {given}"
+        )
+    predicted = weights[:, 1:].double()
+    if not (bool((predicted >= 0).all()) and math.isfinite(total := float(predicted.sum())) and total > 0):
+        raise LizardzooError(
+            "weights must be finite, at least 0, and above 0 for some token behind the first of a sequence; "
+            "lizardzoo.evaluate.recall_sequences makes such as count answers alone"
+        )
 
-    def __init__(self, sequences: Tensor, goal: Run, batch_size: int, rounds: int, progress: Progress | None) -> None:
+
+class Text:
+    """Sequences, what KL is measured from, progress over so many rounds through them, and what each token counts."""
+
+    def __init__(
+        self,
+        sequences: Tensor,
+        goal: Run,
+        batch_size: int,
+        rounds: int,
+        progress: Progress | None,
+        weights: Tensor | None = None,
+    ) -> None:
         self.sequences, self.goal, self.batch_size = sequences, goal, batch_size
         self.rounds, self.progress = rounds, progress
+        self.weights = weights
         self.done = 0
 
     def kls(self, runs: Sequence[Run]) -> list[float]:
-        """The mean KL of each run, in nats per token; one round."""
+        """The (weighted) mean KL of each run, in nats per token; one round."""
         before, progress = self.done, self.progress
 
         def told(now: int, total: int) -> None:
@@ -46,7 +72,8 @@ class Text:
                 progress(before + now, self.rounds * total)
 
         # All at once, without caches: a layer's cache would be a mixer's where it runs softmax.
-        curves = measure(runs, self.sequences, self.goal, self.batch_size, self.sequences.shape[1], told)
+        length = self.sequences.shape[1]
+        curves = measure(runs, self.sequences, self.goal, self.batch_size, length, told, self.weights)
         self.done += len(self.sequences)
         kls = [curve.cut([]).overall.kl or 0.0 for curve in curves]
         if not all(map(math.isfinite, kls)):

@@ -4,7 +4,11 @@
     student = lz.linearize(teacher, layers)
 
 What a layer's softmax is worth is the KL to the teacher that it takes away: the error of a layer's own output says
-little of it (an error may be the noise of a sink, or what all later layers build on).
+little of it (an error may be the noise of a sink, or what all later layers build on). Recall is what a few softmax
+layers give back where nothing else does, so they are best chosen by it:
+
+    ids, answers = evaluate.recall_sequences("novel.txt", tokenizer)
+    layers = lz.select_layers(teacher, ids, keep=4, weights=answers, greedy=True)
 """
 
 from __future__ import annotations
@@ -23,7 +27,7 @@ from lizardzoo.evaluate.ablation import mixers_of
 from lizardzoo.evaluate.positions import Progress, Run
 from lizardzoo.mixers.softmax import Softmax
 from lizardzoo.selection.chosen import Chosen
-from lizardzoo.selection.kl import Text, student_and_goal
+from lizardzoo.selection.kl import Text, check_weights, student_and_goal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -93,6 +97,7 @@ def select_layers(
     *,
     layers: SpecLike | Sequence[SpecLike] = "recommended",
     teacher: Any = None,
+    weights: Tensor | None = None,
     greedy: bool = False,
     batch_size: int = 1,
     progress: Progress | None = None,
@@ -111,6 +116,8 @@ def select_layers(
         layers: the mixers of a model that is a teacher.
         teacher: what KL is measured from; None: the model's own projections with softmax in all layers, which are the
             teacher's until stage 2 has been merged into them.
+        weights: [N, T] of at least 0, what each token's prediction counts in the KL; None: all the same. Those of
+            `lizardzoo.evaluate.recall_sequences` count the answers of questions about the text, and nothing else.
         greedy: choose one layer after the other, each time beside those already chosen: `keep` times the work, and
             right where two layers do one job.
         batch_size: sequences per forward.
@@ -120,9 +127,11 @@ def select_layers(
         a `Selection`: a list of specs for `lizardzoo.linearize`, with the ranking and the KL by layers kept.
 
     Raises:
-        LizardzooError: as `lizardzoo.linearize` and `lizardzoo.evaluate.by_position`; a keep that does not fit.
+        LizardzooError: as `lizardzoo.linearize` and `lizardzoo.evaluate.by_position`; weights or a
+            keep that do not fit.
     """
     student, goal = student_and_goal(model, sequences, layers, teacher)
+    check_weights(weights, sequences)
     specs = list(student.config.specs)
     candidates = list(mixers_of(student))
     already = [index for index in range(len(specs)) if index not in candidates]
@@ -134,7 +143,7 @@ def select_layers(
         )
     count = keep - len(already)
     rounds = count if greedy else 1 + (count > 0)
-    text = Text(sequences, goal, batch_size, max(1, rounds), progress)
+    text = Text(sequences, goal, batch_size, max(1, rounds), progress, weights)
 
     def kls(sets: Sequence[Sequence[int]]) -> list[float]:
         """With softmax in each of these sets of layers."""
