@@ -85,14 +85,15 @@ class HeavyMixer(Mixer):
         """Both branches in one op where none is switched off."""
         if self.switched_off:
             return super().forward(inputs, state, need_state)
+        tokens, options = self._tokens(inputs), self._options(inputs)
         if state is not None and inputs.starts is None and inputs.q.shape[1] == 1:
-            y, _, window, heavy = window_and_heavy_step(*self._tokens(inputs), *state, **self._options(inputs))
-        else:
-            past, held = state if state is not None else (None, None)
-            y, _, window, heavy = window_and_heavy_attention(
-                *self._tokens(inputs), **self._options(inputs), window=self.spec.window, heavy=self.spec.heavy,
-                starts=inputs.starts, past=past, state=held, return_state=need_state,
-            )  # fmt: skip
+            y, _, near, far = window_and_heavy_step(*tokens, *state, **options)
+            return y, HeavyMixerState(near, far)
+        past, held = state if state is not None else (None, None)
+        y, _, window, heavy = window_and_heavy_attention(
+            *tokens, **options, window=self.spec.window, heavy=self.spec.heavy, starts=inputs.starts, past=past,
+            state=held, return_state=need_state,
+        )  # fmt: skip
         return y, None if window is None or heavy is None else HeavyMixerState(window, heavy)
 
     @torch.no_grad()

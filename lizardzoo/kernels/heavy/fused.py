@@ -138,14 +138,14 @@ def joint_chunked(
     q, k, v, window, keep, heavy, fade, sinks, scale, mask, starts, past, state, return_state
 ):  # fmt: skip
     """All tokens of a sequence; see `lizardzoo.kernels.heavy.window_and_heavy_attention`."""
-    count, seen = q.shape[1], None if past is None else past.length
+    count, seen = q.shape[1], past.length if past is not None else None
     if past is None and not return_state and count <= window + keep:  # nothing can have left the window
         return *window_ops.chunked(q, k, v, window, keep, sinks, scale, mask, starts, None, False), None
     rows = held = before = keys_before = ranks = None
     if mask is not None or starts is not None:
         rows = arrange(q, mask, starts, seen)
         q, k, v = rows.pack(q), rows.pack(k), rows.pack(v)
-    if past is not None:
+    if seen is not None:
         *held, score, ranks = by_score(state)
         before, keys_before = unroll(state.drawn, seen), ops.keys_of(score, starts is not None)
     placed = window_ops.place(k, v, sinks, q.shape[2], rows, starts is not None, past, held)
