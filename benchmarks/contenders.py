@@ -19,8 +19,8 @@ from lizardzoo.kernels import (
     FeatureMap,
     Impl,
     gated_linear_attention,
-    heavy_attention,
     hybrid_attention,
+    window_and_heavy_attention,
     window_attention,
 )
 from lizardzoo.mixers import AttentionShape, Hybrid, MixerInputs
@@ -161,14 +161,12 @@ def window(_: Inputs, impl: str, keep: int = KEEP) -> Function:
 
 
 def heavy(_: Inputs, impl: str) -> Function:
-    """Our window, and the tokens that drew most attention in it."""
+    """Our window and the tokens that drew most attention in it, fused."""
 
     def run(i: Inputs) -> Tensor:
-        near = window_branch(i, impl, KEEP)
-        y, log_mass, _ = heavy_attention(
-            i.q_rot, i.k_rot, i.v, near.log_mass, window=WINDOW, heavy=HEAVY, keep=KEEP, return_state=False, impl=impl
-        )
-        return joint([near, Branch(y, log_mass)], i.q.dtype)
+        return window_and_heavy_attention(
+            i.q_rot, i.k_rot, i.v, window=WINDOW, heavy=HEAVY, keep=KEEP, return_state=False, impl=impl
+        )[0]
 
     return Function(run, ROTATED)
 

@@ -34,7 +34,13 @@ from lizardzoo.kernels.gated_linear import (
     gated_linear_attention,
     gated_linear_attention_step,
 )
-from lizardzoo.kernels.heavy import HeavyState, heavy_attention, heavy_attention_step, window_and_heavy_step
+from lizardzoo.kernels.heavy import (
+    HeavyState,
+    heavy_attention,
+    heavy_attention_step,
+    window_and_heavy_attention,
+    window_and_heavy_step,
+)
 from lizardzoo.kernels.hybrid import HybridState, hybrid_attention, hybrid_attention_step
 from lizardzoo.kernels.rotary import rotate
 from lizardzoo.kernels.token_gates import token_gates
@@ -55,6 +61,7 @@ __all__ = [
     "hybrid_attention_step",
     "rotate",
     "token_gates",
+    "window_and_heavy_attention",
     "window_and_heavy_step",
     "window_attention",
     "window_attention_step",

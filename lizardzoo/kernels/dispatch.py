@@ -33,6 +33,7 @@ TRITON_SIZES = {
     "hybrid_attention": (128, True),
     "token_gates": (128, False),
     "heavy_attention": (256, False),
+    "window_and_heavy_attention": (256, False),
 }
 """Largest head_dim and feature_dim (or heads of a gate) of an op's Triton kernels, and whether they are `even_sizes`;
 others take any."""

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lizardzoo.config import register_mixer
-from lizardzoo.kernels import HeavyState, WindowState, heavy_attention, heavy_attention_step, window_and_heavy_step
+from lizardzoo.kernels import (
+    HeavyState,
+    WindowState,
+    heavy_attention,
+    heavy_attention_step,
+    window_and_heavy_attention,
+    window_and_heavy_step,
+)
 from lizardzoo.kernels.heavy import init_state as init_heavy_state
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
 from lizardzoo.mixers.branches import MAX_SIZE, WindowBranch, WindowFields
@@ -67,35 +74,67 @@ class HeavyMixer(Mixer):
     @property
     def kernels(self) -> dict[str, tuple[int, ...]]:
         head: tuple[int, ...] = (self.shape.head_dim,)
-        return ({"rotate": head} if self.spec.window_rope else {}) | {"window_attention": head, "heavy_attention": head}
+        before = {"rotate": head} if self.spec.window_rope else {}
+        if self.switched_off:
+            return before | {"window_attention": head, "heavy_attention": head}
+        return before | {"window_and_heavy_attention": head}
+
+    def forward(
+        self, inputs: MixerInputs, state: HeavyMixerState | None = None, need_state: bool = False
+    ) -> tuple[Tensor, HeavyMixerState | None]:
+        """Both branches in one op where none is switched off."""
+        if self.switched_off:
+            return super().forward(inputs, state, need_state)
+        tokens, options = self._tokens(inputs), self._options(inputs)
+        if state is not None and inputs.starts is None and inputs.q.shape[1] == 1:
+            y, _, near, far = window_and_heavy_step(*tokens, *state, **options)
+            return y, HeavyMixerState(near, far)
+        past, held = state if state is not None else (None, None)
+        y, _, window, heavy = window_and_heavy_attention(
+            *tokens, **options, window=self.spec.window, heavy=self.spec.heavy, starts=inputs.starts, past=past,
+            state=held, return_state=need_state,
+        )  # fmt: skip
+        return y, None if window is None or heavy is None else HeavyMixerState(window, heavy)
 
     @torch.no_grad()
     def step_(self, inputs: MixerInputs, state: HeavyMixerState) -> Tensor:
         """Both branches in one kernel where none is switched off."""
         if self.switched_off or inputs.starts is not None:
             return super().step_(inputs, state)
-        q, k = inputs.rotated(self.impl) if self.spec.window_rope else (inputs.q, inputs.k)
-        y, *_ = window_and_heavy_step(
-            q, k, inputs.v, *state, keep=self.spec.keep, half_life=self.spec.half_life, sinks=self.window.sink_logits(),
-            scale=self.shape.scale, mask=inputs.mask, in_place=True, impl=self.impl,
-        )  # fmt: skip
+        y, *_ = window_and_heavy_step(*self._tokens(inputs), *state, **self._options(inputs), in_place=True)
         return y
+
+    def _tokens(self, inputs: MixerInputs) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v as both branches take them."""
+        q, k = inputs.rotated(self.impl) if self.spec.window_rope else (inputs.q, inputs.k)
+        return q, k, inputs.v
+
+    def _options(self, inputs: MixerInputs) -> dict[str, Any]:
+        """What both branches take together, in a sequence and in a step."""
+        return {
+            "keep": self.spec.keep,
+            "half_life": self.spec.half_life,
+            "sinks": self.window.sink_logits(),
+            "scale": self.shape.scale,
+            "mask": inputs.mask,
+            "impl": self.impl,
+        }
 
     def branches(
         self, inputs: MixerInputs, state: HeavyMixerState | None, need_state: bool
     ) -> tuple[dict[str, Branch], HeavyMixerState | None]:
         spec = self.spec
         past, held = state if state is not None else (None, None)
-        q, k = inputs.rotated(self.impl) if spec.window_rope else (inputs.q, inputs.k)
+        q, k, v = self._tokens(inputs)
         near, window_state = self.window(spec, inputs, (q, k), past, need_state, self.impl)
         if past is not None and held is not None and inputs.starts is None and q.shape[1] == 1:
             y, log_mass, held = heavy_attention_step(
-                q, k, inputs.v, near.log_mass, past, held, keep=spec.keep, half_life=spec.half_life,
+                q, k, v, near.log_mass, past, held, keep=spec.keep, half_life=spec.half_life,
                 scale=self.shape.scale, mask=inputs.mask, impl=self.impl,
             )  # fmt: skip
         else:
             y, log_mass, held = heavy_attention(
-                q, k, inputs.v, near.log_mass, window=spec.window, heavy=spec.heavy, keep=spec.keep,
+                q, k, v, near.log_mass, window=spec.window, heavy=spec.heavy, keep=spec.keep,
                 half_life=spec.half_life, scale=self.shape.scale, mask=inputs.mask, starts=inputs.starts, past=past,
                 state=held, return_state=need_state, impl=self.impl,
             )  # fmt: skip

@@ -303,6 +303,19 @@ def switching_all_branches_off_gives_nothing(
 
 
 @law
+def the_output_is_that_of_its_branches(data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int) -> None:
+    """A forward of its own, behind a state or not, gives what the branches give when they are merged."""
+    batch, length = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 12))
+    inputs = mixer_inputs(shape, batch, length, seed, data.draw(token_flags(batch, length)))
+    mixer, state = random_mixer(spec, shape, seed), None
+    if data.draw(st.booleans()):
+        before = mixer_inputs(shape, batch, 9, seed + 1, TokenFlags(None, None))
+        state = mixer(before, mixer.init_state(batch, torch.float64, "cpu"), need_state=True)[1]
+    branches, _ = mixer.branches(inputs, state, state is not None)
+    assert_close(mixer(inputs, state)[0], mixer.output(branches, inputs), "the branches merged")
+
+
+@law
 def branches_share_the_output(data: st.DataObject, spec: MixerSpec, shape: AttentionShape, seed: int) -> None:
     """`shares` gives every branch a part from 0 to 1, together 1; none to a branch that saw nothing."""
     mixer = random_mixer(spec, shape, seed)

@@ -73,6 +73,16 @@ class OverwritesItsState(WindowMixer):
         return y, overwrite(state, new) if state is not None and new is not None else new
 
 
+class IsFasterWithoutItsBranches(WindowMixer):
+    """A forward of its own that forgets the sinks."""
+
+    def forward(self, inputs: MixerInputs, state: Any = None, need_state: bool = False) -> tuple[Tensor, Any]:
+        sinks, self.window.sinks = self.window.sinks, None
+        found = super().forward(inputs, state, need_state)
+        self.window.sinks = sinks
+        return found
+
+
 class ParametersFollowTheModel(GatedLinearMixer):
     """Casting the model casts gates and maps with it."""
 
@@ -152,6 +162,7 @@ CAUGHT_ALONE = [
     (Window, SeesOneTooFew, "in_a_short_text_it_is_softmax_where_it_says_so"),
     (Window, SeesOneTooMany, "beyond_its_reach_it_sees_nothing"),
     (Window, OverwritesItsState, "a_call_leaves_the_given_state_alone"),
+    (Window, IsFasterWithoutItsBranches, "the_output_is_that_of_its_branches"),
     (GatedLinear, ParametersFollowTheModel, "parameters_stay_in_fp32"),
 ]
 

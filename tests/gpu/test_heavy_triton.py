@@ -7,6 +7,7 @@ stand in either order. Scores, outputs and gradients are compared with float64, 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -101,19 +102,28 @@ def pairs(choice: Choice, window: int, length: int) -> Tensor:
     return counts.scatter_add(4, index, seen.int()).flatten(2, 3)[:, :, :length] > 0
 
 
-def plain(inputs: Inputs, seen: Tensor, mask: Tensor | None = None, starts: Tensor | None = None) -> Any:
-    """Masked softmax attention in the inputs' dtype: the oracle in float64, the yardstick in a narrower one."""
+def plain(
+    inputs: Inputs, seen: Tensor, mask: Tensor | None = None, starts: Tensor | None = None, sinks: Tensor | None = None
+) -> Any:
+    """Masked softmax attention in the inputs' dtype: the oracle in float64, the yardstick in a narrower one.
+
+    sinks [m]: in the denominator.
+    """
     rows = arrange(inputs.q, mask, starts, None)
     q, k, v = (rows.pack(x) for x in inputs)
     wide, groups = torch.promote_types(q.dtype, torch.float32), q.shape[2] // k.shape[2]
     k, v = (x.repeat_interleave(groups, 2).transpose(1, 2) for x in (k, v))
     scores = (q.transpose(1, 2) @ k.transpose(2, 3)).to(wide) * q.shape[3] ** -0.5
     seen = seen.repeat_interleave(groups, 1) & rows.valid[:, None, :, None]
-    y, log_mass = _Attend.apply(scores.masked_fill(~seen, float("-inf")), v, q.dtype)
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        logits = sinks.to(wide).expand(*scores.shape[:3], -1)
+        scores = torch.cat([scores, logits.masked_fill(~rows.valid[:, None, :, None], float("-inf"))], -1)
+    y, log_mass = _Attend.apply(scores, v, q.dtype)
     return rows.unpack(y.transpose(1, 2)), rows.unpack(log_mass[..., 0].transpose(1, 2))
 
 
-def results(outputs: Any, inputs: Inputs) -> list[Tensor]:
+def results(outputs: Any, inputs: Sequence[Tensor]) -> list[Tensor]:
     """y, log_mass (finite part) and the gradients of a fixed function of both, in float64."""
     y, log_mass = outputs
     generator = torch.Generator(DEVICE).manual_seed(1)

@@ -233,7 +233,7 @@ def test_a_step_takes_one_token_and_no_gradients_in_place() -> None:
     one = [torch.zeros(1, 1, 1, 4)] * 3
     with pytest.raises(LizardzooError, match="in_place=True gives no gradients"):
         heavy_attention_step(*one, torch.zeros(1, 1, 1), past, state, in_place=True)
-    with pytest.raises(LizardzooError, match="a step takes one token, got 2; call heavy_attention"):
+    with pytest.raises(LizardzooError, match="a step takes one token, got 2; call window_and_heavy_attention"):
         window_and_heavy_step(*two, past, state)
     with pytest.raises(LizardzooError, match="in_place=True gives no gradients"):
         window_and_heavy_step(*one, past, state, in_place=True)

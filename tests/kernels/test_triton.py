@@ -43,6 +43,7 @@ def test_what_info_says_of_triton_is_what_its_kernels_take() -> None:
         "hybrid_attention": MAX_SIZE,
         "token_gates": MAX_COLUMNS,
         "heavy_attention": MAX_DIM,
+        "window_and_heavy_attention": MAX_DIM,
     }
 
 

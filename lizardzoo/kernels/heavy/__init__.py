@@ -19,9 +19,17 @@ from lizardzoo.kernels.heavy.state import HeavyState, init_state
 from lizardzoo.kernels.state import check_in_place
 from lizardzoo.kernels.window import WindowState, check_arguments
 
-__all__ = ["HeavyState", "heavy_attention", "heavy_attention_step", "init_state", "window_and_heavy_step"]
+__all__ = [
+    "HeavyState",
+    "heavy_attention",
+    "heavy_attention_step",
+    "init_state",
+    "window_and_heavy_attention",
+    "window_and_heavy_step",
+]
 
 OP = "heavy_attention"
+BOTH = "window_and_heavy_attention"
 
 
 def heavy_attention(
@@ -72,12 +80,12 @@ def heavy_attention(
     Raises:
         LizardzooError: shapes, dtypes or sizes that do not fit, or that the implementation does not take.
     """
-    _check(q, k, v, log_mass, window, heavy, keep, past, state)
+    _check(OP, q, k, v, log_mass, window, heavy, keep, past, state)
     check_token_flags(OP, q, mask=mask, starts=starts)
-    kernels = _kernels(impl, q, v, _triton)
+    kernels = _kernels(OP, impl, q, v, _triton)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return kernels.chunked(
-        q, k, v, log_mass, window, keep, heavy, _fade(half_life), scale, mask, starts, past, state, return_state
+        q, k, v, log_mass, window, keep, heavy, _fade(OP, half_life), scale, mask, starts, past, state, return_state
     )
 
 
@@ -110,12 +118,60 @@ def heavy_attention_step(
     Raises:
         LizardzooError: as `heavy_attention`; more than one token; in_place where gradients are on.
     """
-    _check(q, k, v, log_mass, past.k.shape[1], state.k.shape[1], keep, past, state)
+    _check(OP, q, k, v, log_mass, past.k.shape[1], state.k.shape[1], keep, past, state)
     check_token_flags(OP, q, mask=mask)
-    _check_step(q, in_place)
-    kernels = _kernels(impl, q, v, _triton_step)
+    _check_step(OP, q, in_place)
+    kernels = _kernels(OP, impl, q, v, _triton_step)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return kernels.step(q, k, v, log_mass, keep, _fade(half_life), scale, mask, past, state, in_place)
+    return kernels.step(q, k, v, log_mass, keep, _fade(OP, half_life), scale, mask, past, state, in_place)
+
+
+def window_and_heavy_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    heavy: int,
+    keep: int = 0,
+    half_life: float | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    starts: Tensor | None = None,
+    past: WindowState | None = None,
+    state: HeavyState | None = None,
+    return_state: bool = True,
+    impl: Impl | str = Impl.AUTO,
+) -> tuple[Tensor, Tensor, WindowState | None, HeavyState | None]:
+    """Attend to a window and to the tokens that drew most attention in it, under one denominator (after H2O).
+
+        y_i = sum_{S_i, E_i} e^{s_it} v_t / (sum_{S_i, E_i} e^{s_it} + sum_j e^{sink_j})
+
+    with S and s of `window_attention` and E of `heavy_attention` by that window's log_mass: what these two and
+    `lizardzoo.kernels.merge.joint` compute. Triton computes nothing between its kernels.
+
+    Args:
+        q, k, v, window, keep, sinks, scale: as for `window_attention`.
+        heavy, half_life, mask, starts, past, state: as for `heavy_attention`.
+        return_state: False saves the work when nothing follows.
+        impl: which implementation computes; see `lizardzoo.kernels`.
+
+    Returns:
+        y [B, T, H, Dv] in q's dtype, log_mass [B, T, H] (the log of the one denominator), and both states (None unless
+        wanted).
+
+    Raises:
+        LizardzooError: shapes, dtypes or sizes that do not fit, or that the implementation does not take.
+    """
+    check_arguments(BOTH, q, k, v, window, keep, sinks, past)
+    _check(BOTH, q, k, v, None, window, heavy, keep, past, state)
+    check_token_flags(BOTH, q, mask=mask, starts=starts)
+    kernels = _kernels(BOTH, impl, q, v, _triton_fused)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return kernels.joint_chunked(
+        q, k, v, window, keep, heavy, _fade(BOTH, half_life), sinks, scale, mask, starts, past, state, return_state
+    )
 
 
 def window_and_heavy_step(
@@ -133,9 +189,7 @@ def window_and_heavy_step(
     in_place: bool = False,
     impl: Impl | str = Impl.AUTO,
 ) -> tuple[Tensor, Tensor, WindowState, HeavyState]:
-    """One token on its window and on what is held, under one denominator: a decode step of both.
-
-    The joint of `window_attention_step` and `heavy_attention_step`; in Triton one kernel.
+    """`window_and_heavy_attention` of one token behind both states: a decode step, in Triton one kernel.
 
     Args:
         q, k, v, past, state, keep, half_life, scale, mask, impl: as for `heavy_attention_step`.
@@ -149,20 +203,20 @@ def window_and_heavy_step(
         LizardzooError: as `heavy_attention_step`.
     """
     window = past.k.shape[1]
-    check_arguments(OP, q, k, v, window, keep, sinks, past)
-    _check(q, k, v, q[..., 0], window, state.k.shape[1], keep, past, state)
-    check_token_flags(OP, q, mask=mask)
-    _check_step(q, in_place)
-    kernels = _kernels(impl, q, v, _triton_step)
+    check_arguments(BOTH, q, k, v, window, keep, sinks, past)
+    _check(BOTH, q, k, v, None, window, state.k.shape[1], keep, past, state)
+    check_token_flags(BOTH, q, mask=mask)
+    _check_step(BOTH, q, in_place)
+    kernels = _kernels(BOTH, impl, q, v, _triton_step)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return kernels.joint_step(q, k, v, keep, _fade(half_life), sinks, scale, mask, past, state, in_place)
+    return kernels.joint_step(q, k, v, keep, _fade(BOTH, half_life), sinks, scale, mask, past, state, in_place)
 
 
-def _kernels(impl: Impl | str, q: Tensor, v: Tensor, triton: Callable[[], Any]) -> Any:
+def _kernels(op: str, impl: Impl | str, q: Tensor, v: Tensor, triton: Callable[[], Any]) -> Any:
     """The module that computes."""
-    kernels = implementation(OP, impl, q.device, reference, triton)
+    kernels = implementation(op, impl, q.device, reference, triton)
     if kernels is not reference:
-        kernels.check(OP, q, v)
+        kernels.check(op, q, v)
     return kernels
 
 
@@ -172,45 +226,51 @@ def _triton() -> Any:
     return ops
 
 
+def _triton_fused() -> Any:
+    from lizardzoo.kernels.heavy import fused
+
+    return fused
+
+
 def _triton_step() -> Any:
     from lizardzoo.kernels.heavy import step
 
     return step
 
 
-def _fade(half_life: float | None) -> float:
+def _fade(op: str, half_life: float | None) -> float:
     """Halvings a token."""
     if half_life is not None and not half_life >= 1:
-        raise LizardzooError(f"{OP}: half_life must be at least 1 token, or None, got {half_life}")
+        raise LizardzooError(f"{op}: half_life must be at least 1 token, or None, got {half_life}")
     return 0.0 if half_life is None else 1.0 / half_life
 
 
-def _check_step(q: Tensor, in_place: bool) -> None:
+def _check_step(op: str, q: Tensor, in_place: bool) -> None:
     if q.shape[1] != 1:
-        raise LizardzooError(f"{OP}: a step takes one token, got {q.shape[1]}; call heavy_attention")
-    check_in_place(OP, in_place)
+        raise LizardzooError(f"{op}: a step takes one token, got {q.shape[1]}; call {op}")
+    check_in_place(op, in_place)
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, log_mass: Tensor, window: int, heavy: int, keep: int,
+    op: str, q: Tensor, k: Tensor, v: Tensor, log_mass: Tensor | None, window: int, heavy: int, keep: int,
     past: WindowState | None, state: HeavyState | None,
 ) -> None:  # fmt: skip
-    check_qkv(OP, q, k, v)
+    check_qkv(op, q, k, v)
     if window < 1 or heavy < 1 or keep < 0:
         raise LizardzooError(
-            f"{OP}: window and heavy must be at least 1 and keep at least 0, got {window}, {heavy} and {keep}"
+            f"{op}: window and heavy must be at least 1 and keep at least 0, got {window}, {heavy} and {keep}"
         )
-    if log_mass.shape != q.shape[:3]:
+    if log_mass is not None and log_mass.shape != q.shape[:3]:
         raise LizardzooError(
-            f"{OP}: log_mass is what window_attention returns, of shape {list(q.shape[:3])}, got {list(log_mass.shape)}"
+            f"{op}: log_mass is what window_attention returns, of shape {list(q.shape[:3])}, got {list(log_mass.shape)}"
         )
     if (past is None) != (state is None):
         given, missing = ("past", "state") if state is None else ("state", "past")
-        raise LizardzooError(f"{OP}: {given} is given without {missing}; give both, or none at a text's beginning")
+        raise LizardzooError(f"{op}: {given} is given without {missing}; give both, or none at a text's beginning")
     if past is not None and state is not None:
         made = past.k.shape[1], state.drawn.shape[1], state.k.shape[1], past.kept_k.shape[1]
         if made != (window, window, heavy, keep):
             raise LizardzooError(
-                f"{OP}: the states were made with window={made[0]} and {made[1]}, heavy={made[2]}, keep={made[3]}, "
+                f"{op}: the states were made with window={made[0]} and {made[1]}, heavy={made[2]}, keep={made[3]}, "
                 f"got window={window}, heavy={heavy}, keep={keep}; start from new ones"
             )

@@ -131,8 +131,8 @@ _choice = torch.library.custom_op(
 )
 
 
-@_choice.register_fake
-def _(q, k, log_mass, before, past, first, lengths, window, keep, heavy, offset, fade, scale):
+def fake_choice(q, k, first, window, heavy):
+    """Empty outputs as those of `choose`."""
     batch, count, kv_heads = q.shape[0], q.shape[1], k.shape[2]
     chunks = (count + CHUNK - 1) // CHUNK
     whole = torch.int64 if first is not None and first.ndim == 2 else torch.int32
@@ -142,14 +142,22 @@ def _(q, k, log_mass, before, past, first, lengths, window, keep, heavy, offset,
     return q.new_empty(lists, dtype=whole), *found, drawn
 
 
-def attend(q, k, v, places, until, following, lengths, shift, scale):
-    """y, log_mass of q [B, T, H, D] on what `choose` found; place p is row p + shift of k and v; `prepared`."""
+@_choice.register_fake
+def _(q, k, log_mass, before, past, first, lengths, window, keep, heavy, *_):
+    return fake_choice(q, k, first, window, heavy)
+
+
+def attend(q, k, v, places, until, following, lengths, shift, scale, near=(None, None)):
+    """y, log_mass of q [B, T, H, D] on what `choose` found; place p is row p + shift of k and v; `prepared`.
+
+    near: y, log_mass of other keys under the same denominator.
+    """
     (batch, count, heads, _), (_, kv_heads, lists, heavy) = q.shape, places.shape
     y, log_mass = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
     tiles, options = _tiles("forward", q, v)
     launch(
         kernels.forward_kernel, (batch * kv_heads * (lists - 1) * _cdiv(CHUNK * (heads // kv_heads), tiles["M"]),),
-        (q, k, v, places, until, lengths, y, log_mass),
+        (q, k, v, places, until, lengths, *near, y, log_mass),
         (count, heavy, shift, scale, *strides(q, k, v)), {**_sizes(q, k, v), **tiles}, **options,
     )  # fmt: skip
     return y, log_mass
@@ -177,12 +185,19 @@ def _(q, k, v, places, until, following, lengths, shift, scale):
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def gradients(q, k, v, places, until, following, lengths, y, log_mass, dy, dlog_mass, shift, scale):
-    """Gradients of q, k and v, which have `unit_stride`; the others are contiguous; `prepared`."""
+def gradients(q, k, v, places, until, following, lengths, y, log_mass, dy, dlog_mass, shift, scale, near=None):
+    """Gradients of q, k and v, which have `unit_stride`; the others are contiguous; `prepared`.
+
+    near: what other keys under the same denominator give to dq, dk and dv, which is added to in its place, and delta;
+    then y and dlog_mass are not read.
+    """
     (batch, count, heads, _), (_, kv_heads, lists, heavy) = q.shape, places.shape
     lines, chunks, total, sizes = batch * kv_heads, lists - 1, k.shape[1], _sizes(q, k, v)
-    delta = log_mass.new_empty(log_mass.shape)
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    if near is None:
+        delta = log_mass.new_empty(log_mass.shape)
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    else:
+        y, dlog_mass, (dq, dk, dv, delta) = None, None, near
     numbers = (count, heavy, shift, scale, *strides(q, k, v))
     tiles, options = _tiles("query", q, v)
     launch(
@@ -200,7 +215,8 @@ def gradients(q, k, v, places, until, following, lengths, y, log_mass, dy, dlog_
     sizes.pop("G")
     launch(
         kernels.token_gradient_kernel, (lines * _cdiv(total, tile),),
-        (following, part_k, part_v, dk, dv), (count, heavy, shift, total), {**sizes, "N": tile}, num_warps=4,
+        (following, part_k, part_v, dk, dv), (count, heavy, shift, total),
+        {**sizes, "N": tile, "ADD": near is not None}, num_warps=4,
     )  # fmt: skip
     return dq, dk, dv
 
@@ -281,7 +297,7 @@ def chunked(q, k, v, log_mass, window, keep, heavy, fade, scale, mask, starts, p
         held_k, held_v, score, ranks = by_score(state)
         k = torch.cat([held_k, unroll(past.k, seen), k], 1)
         v = torch.cat([held_v, unroll(past.v, seen), v], 1)
-        before, keys_before = unroll(state.drawn, seen), _keys(score, starts is not None)
+        before, keys_before = unroll(state.drawn, seen), keys_of(score, starts is not None)
         offset = heavy + window
     shift = offset - heavy - window
     compiling = torch.compiler.is_compiling()
@@ -295,24 +311,34 @@ def chunked(q, k, v, log_mass, window, keep, heavy, fade, scale, mask, starts, p
 
     new_state = None
     if return_state:
-        last, best = places[:, :, -1].transpose(1, 2).long(), keys[:, :, -1].transpose(1, 2)  # [B, heavy, Hkv]
-        if seen is None:
-            seen = torch.zeros(q.shape[0], dtype=torch.long, device=q.device)
-        began, length = last_document(rows, count, seen)
-        there = best >= 0
-        if starts is not None:
-            there = there & (best >> 32 == (first[:, -1].clamp(min=-1) + 1)[:, None, None])
-        score = torch.where(there, (best & 0x7FFFFFFF).int().view(torch.float32), float("-inf"))
-        rank = last - heavy - window - began[:, None, None]
-        if ranks is not None:
-            rank = torch.where(last < heavy, ranks.gather(1, last.clamp(0, heavy - 1)), rank)
-        new_state = next_state(k, v, (last + shift).clamp(0, k.shape[1] - 1), score, rank, drawn, began, length, window)
+        new_state = held_after(k, v, keys, places, drawn, rows, first, seen, ranks, window, shift)
     if rows is not None:
         y, mass = rows.unpack(y), rows.unpack(mass)
     return y, mass, new_state
 
 
-def _keys(score: Tensor, documents: bool) -> Tensor:
+def held_after(k, v, keys, places, drawn, rows, first, seen, ranks, window, shift):
+    """The state behind a call, of what `choose` gave; place p is row p + shift of k and v.
+
+    seen [B], ranks [B, heavy, Hkv] as `by_score` has them: of the state before, None without one.
+    """
+    heavy, count = keys.shape[3], drawn.shape[1] - window
+    last, best = places[:, :, -1].transpose(1, 2).long(), keys[:, :, -1].transpose(1, 2)  # [B, heavy, Hkv]
+    if seen is None:
+        seen = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
+    began, length = last_document(rows, count, seen)
+    there = best >= 0
+    if first is not None and first.ndim == 2:
+        there = there & (best >> 32 == (first[:, -1].clamp(min=-1) + 1)[:, None, None])
+    score = torch.where(there, (best & 0x7FFFFFFF).int().view(torch.float32), float("-inf"))
+    rank = last - heavy - window - began[:, None, None]
+    if ranks is not None:
+        rank = torch.where(last < heavy, ranks.gather(1, last.clamp(0, heavy - 1)), rank)
+    index = (last + shift).clamp(0, k.shape[1] - 1)
+    return next_state(k, v, index, score, rank, drawn, began, length, window)
+
+
+def keys_of(score: Tensor, documents: bool) -> Tensor:
     """What `triton_choice.py` compares, [B, Hkv, heavy], of scores [B, heavy, Hkv]; -inf: nothing is held."""
     keys = score.float().contiguous().view(torch.int32)
     keys = torch.where(score == float("-inf"), -1, keys.clamp(min=0)).transpose(1, 2).contiguous()

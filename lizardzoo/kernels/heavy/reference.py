@@ -143,6 +143,18 @@ def step(q, k, v, log_mass, keep, fade, scale, mask, past, state, in_place):  # 
     return y, mass, overwrite(state, new) if in_place else new
 
 
+def joint_chunked(  # type: ignore[no-untyped-def]
+    q, k, v, window, keep, heavy, fade, sinks, scale, mask, starts, past, state, return_state
+):
+    """All tokens of a sequence; see `lizardzoo.kernels.heavy.window_and_heavy_attention`."""
+    *near, new_past = window_reference.chunked(q, k, v, window, keep, sinks, scale, mask, starts, past, return_state)
+    *far, new_state = chunked(
+        q, k, v, near[1], window, keep, heavy, fade, scale, mask, starts, past, state, return_state
+    )
+    y, log_mass = joint([(near[0], near[1]), (far[0], far[1])])
+    return y.to(q.dtype), log_mass, new_past, new_state
+
+
 def joint_step(q, k, v, keep, fade, sinks, scale, mask, past, state, in_place):  # type: ignore[no-untyped-def]
     """One token of both branches; see `lizardzoo.kernels.heavy.window_and_heavy_step`."""
     *near, new_past = window_reference.step(q, k, v, keep, sinks, scale, mask, past, False)

@@ -35,12 +35,15 @@ def _log_mass(LOG_MASS, place, real):
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    Q, K, V, PLACES, UNTIL, LENGTHS, Y, LOG_MASS, count, heavy, shift, scale,
+    Q, K, V, PLACES, UNTIL, LENGTHS, NEAR_Y, NEAR_MASS, Y, LOG_MASS, count, heavy, shift, scale,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh,
     HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
     BLOCK_DV: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """y and log_mass of a tile of a chunk's queries."""
+    """y and log_mass of a tile of a chunk's queries.
+
+    NEAR_Y, NEAR_MASS: of a softmax over other keys, which goes on here; None: there are no others.
+    """
     tiles, chunks = tl.cdiv(C * G, M), tl.cdiv(count, C)
     tile, chunk = tl.program_id(0) % tiles, (tl.program_id(0) // tiles) % chunks
     line = (tl.program_id(0) // tiles // chunks).to(tl.int64)
@@ -53,9 +56,15 @@ def forward_kernel(
     q = _load(Q + b * sqb, i.to(tl.int64) * sqt + heads * sqh, real, DK, BLOCK_DK)
     keys, values = K + b * skb + head * skh, V + b * svb + head * svh
 
-    peak = tl.full([M], float("-inf"), tl.float32)
-    mass = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, BLOCK_DV], tl.float32)
+    place_q = (b * count + i) * (HKV * G) + heads
+    if NEAR_Y is None:
+        peak = tl.full([M], float("-inf"), tl.float32)
+        mass = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, BLOCK_DV], tl.float32)
+    else:
+        peak = tl.load(NEAR_MASS + place_q, mask=real, other=float("-inf")) * LOG2E
+        mass = tl.full([M], 1.0, tl.float32)
+        acc = _load(NEAR_Y, place_q * DV, real, DV, BLOCK_DV).to(tl.float32)
     stop = heavy + tl.minimum((tile * M + M - 1) // G + 1, C)
     for j0 in range(0, stop, N):
         place, since, until = _candidates(PLACES, UNTIL, line, chunk, chunks, j0 + tl.arange(0, N), heavy, C)
@@ -66,10 +75,9 @@ def forward_kernel(
         peak, mass, acc = _attend(peak, mass, acc, _dot(q, tl.trans(k)) * (scale * LOG2E), visible, v)
     seen = real & (mass > 0.0)
     mass = tl.where(seen, mass, 1.0)
-    place = (b * count + i) * (HKV * G) + heads
     y = tl.where(seen[:, None], acc / mass[:, None], 0.0)
-    _store(Y, place * DV, y.to(Y.dtype.element_ty), written, DV, BLOCK_DV)
-    tl.store(LOG_MASS + place, tl.where(seen, (peak + tl.log2(mass)) / LOG2E, float("-inf")), mask=written)
+    _store(Y, place_q * DV, y.to(Y.dtype.element_ty), written, DV, BLOCK_DV)
+    tl.store(LOG_MASS + place_q, tl.where(seen, (peak + tl.log2(mass)) / LOG2E, float("-inf")), mask=written)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -79,7 +87,10 @@ def query_gradient_kernel(
     HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
     BLOCK_DV: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
-    """dq of a tile of a chunk's queries, and delta = dy . y - dlog_mass, which the candidates need as well."""
+    """dq of a tile of a chunk's queries, and delta = dy . y - dlog_mass, which the candidates need as well.
+
+    Y, DLOG_MASS None: DELTA is there, and DQ holds what other keys under the same denominator gave, which is added to.
+    """
     tiles, chunks = tl.cdiv(C * G, M), tl.cdiv(count, C)
     tile, chunk = tl.program_id(0) % tiles, (tl.program_id(0) // tiles) % chunks
     line = (tl.program_id(0) // tiles // chunks).to(tl.int64)
@@ -92,12 +103,15 @@ def query_gradient_kernel(
     place_q = (b * count + i) * (HKV * G) + heads
     q = _load(Q + b * sqb, i.to(tl.int64) * sqt + heads * sqh, real, DK, BLOCK_DK)
     dy = _load(DY, place_q * DV, real, DV, BLOCK_DV)
-    y = _load(Y, place_q * DV, real, DV, BLOCK_DV)
     log_mass = _log_mass(LOG_MASS, place_q, real)
-    delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
-    if DLOG_MASS is not None:
-        delta -= tl.load(DLOG_MASS + place_q, mask=real, other=0.0)
-    tl.store(DELTA + place_q, delta, mask=written)
+    if Y is None:
+        delta = tl.load(DELTA + place_q, mask=real, other=0.0)
+    else:
+        y = _load(Y, place_q * DV, real, DV, BLOCK_DV)
+        delta = tl.sum(dy.to(tl.float32) * y.to(tl.float32), 1)
+        if DLOG_MASS is not None:
+            delta -= tl.load(DLOG_MASS + place_q, mask=real, other=0.0)
+        tl.store(DELTA + place_q, delta, mask=written)
     keys, values = K + b * skb + head * skh, V + b * svb + head * svh
 
     dq = tl.zeros([M, BLOCK_DK], tl.float32)
@@ -109,7 +123,10 @@ def query_gradient_kernel(
         v = _load(values, index * svt, there, DV, BLOCK_DV)
         visible = (time[:, None] >= since[None, :]) & (time[:, None] < until[None, :]) & real[:, None]
         dq += _dot(_score_gradient(q, k, v, dy, log_mass, delta, visible, scale).to(k.dtype), k)
-    _store(DQ, place_q * DK, (dq * scale).to(DQ.dtype.element_ty), written, DK, BLOCK_DK)
+    dq *= scale
+    if Y is None:
+        dq += _load(DQ, place_q * DK, written, DK, BLOCK_DK).to(tl.float32)
+    _store(DQ, place_q * DK, dq.to(DQ.dtype.element_ty), written, DK, BLOCK_DK)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -160,9 +177,12 @@ def candidate_gradient_kernel(
 def token_gradient_kernel(
     NEXT, PART_K, PART_V, DK_OUT, DV_OUT, count, heavy, shift, total,
     HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
-    C: tl.constexpr, N: tl.constexpr,
+    C: tl.constexpr, N: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of a tile of tokens: the sum over the chunks in which each is a candidate, in their order."""
+    """dk and dv of a tile of tokens: the sum over the chunks in which each is a candidate, in their order.
+
+    ADD: to what is there.
+    """
     tiles, chunks = tl.cdiv(total, N), tl.cdiv(count, C)
     tile, line = tl.program_id(0) % tiles, (tl.program_id(0) // tiles).to(tl.int64)
     index = tile * N + tl.arange(0, N)
@@ -181,5 +201,8 @@ def token_gradient_kernel(
         chunk += 1
         held = held & (j >= 0) & (chunk < chunks)
     row = ((line // HKV) * total + index) * HKV + line % HKV
+    if ADD:
+        dk += _load(DK_OUT, row * DK, index < total, DK, BLOCK_DK).to(tl.float32)
+        dv += _load(DV_OUT, row * DV, index < total, DV, BLOCK_DV).to(tl.float32)
     _store(DK_OUT, row * DK, dk.to(DK_OUT.dtype.element_ty), index < total, DK, BLOCK_DK)
     _store(DV_OUT, row * DV, dv.to(DV_OUT.dtype.element_ty), index < total, DV, BLOCK_DV)

@@ -249,18 +249,22 @@ def bounds(rows, packed, length, count):
     return first, lengths
 
 
-def place(k, v, sinks, heads, rows, packed, state):
-    """k, v [B, T, Hkv, D], packed as `rows` says; packed: whether documents begin inside of them."""
-    first, lengths = bounds(rows, packed, None if state is None else state.length, k.shape[1])
-    offset = 0
+def place(k, v, sinks, heads, rows, packed, state, held=None):
+    """k, v [B, T, Hkv, D], packed as `rows` says; packed: whether documents begin inside of them.
+
+    held: k, v of tokens that no window sees, which stand between a state's kept ones and its ring.
+    """
+    count = k.shape[1]
+    first, lengths = bounds(rows, packed, None if state is None else state.length, count)
     if state is not None:
         ring_k, ring_v = unroll(state.k, state.length), unroll(state.v, state.length)
-        k, v = torch.cat([state.kept_k, ring_k, k], 1), torch.cat([state.kept_v, ring_v, v], 1)
-        offset = state.kept_k.shape[1] + state.k.shape[1]
+        held_k, held_v = ([], []) if held is None else ([held[0]], [held[1]])
+        k = torch.cat([state.kept_k, *held_k, ring_k, k], 1)
+        v = torch.cat([state.kept_v, *held_v, ring_v, v], 1)
     sink = None
     if sinks is not None:  # a finite floor: the gradient of a logsumexp of -inf alone is NaN
         sink = sinks.float().clamp(min=-1e37).logsumexp(-1).expand(heads).contiguous()
-    return Placed(k, v, sink, first, lengths, offset)
+    return Placed(k, v, sink, first, lengths, k.shape[1] - count)
 
 
 def chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_state):
