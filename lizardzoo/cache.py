@@ -17,6 +17,7 @@ from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLaye
 
 from lizardzoo.errors import LizardzooError
 from lizardzoo.kernels.state import map_state, overwrite, state_tensors
+from lizardzoo.mixers import far
 from lizardzoo.mixers.base import Mixer, MixerInputs
 
 MIXER_LAYER_TYPE = "lizardzoo_mixer"
@@ -57,9 +58,9 @@ class MixerCacheLayer(CacheLayerMixin):
         if self.record_past:
             self._records.append(_Record(self._past(), inputs, mixer, count))
         if count == 1 and self._may_overwrite():
-            y = mixer.step_(inputs, self.state)
+            y = far.step_(mixer, inputs, self.state)
         else:
-            y, new = mixer(inputs, self.state, need_state=True)
+            y, new = far.run(mixer, inputs, self.state, need_state=True)
             self._hold(new)
         self.cumulative_length += count
         self.is_initialized = True
@@ -146,6 +147,10 @@ class MixerCacheLayer(CacheLayerMixin):
         """Tokens seen, padded ones included."""
         return self.cumulative_length
 
+    def most_seen(self) -> int:
+        """No more tokens than so many have been seen."""
+        return self.cumulative_length
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As for full attention."""
         return self.cumulative_length + query_length, 0
@@ -213,6 +218,10 @@ class StaticMixerCacheLayer(MixerCacheLayer):
         """Back to before the first token."""
         super().reset()
         self.cumulative_length = torch.tensor(0)
+
+    def most_seen(self) -> int:
+        """What it has room for: the number itself is on the device."""
+        return self.max_cache_len
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As for full attention."""

@@ -11,7 +11,11 @@ from torch import Tensor, nn
 from lizardzoo.adapters.masks import CACHE_KEYWORD, cache_of
 from lizardzoo.cache import MixerCacheLayer, prefetch_next
 from lizardzoo.errors import LizardzooError
+from lizardzoo.mixers import far
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs
+
+TOKEN_FLAGS = ("token_mask", "document_starts", "turns")
+"""What `MixedModel.forward` hands to the layers for their mixers, in the order of `MixerInputs`."""
 
 
 class MixedAttention(nn.Module):
@@ -45,10 +49,11 @@ class MixedAttention(nn.Module):
         return q, k, v
 
     def inputs(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **kwargs: Any) -> MixerInputs:
-        """What the mixer gets of a layer's call; mask and starts come from `MixedModel.forward`."""
+        """What the mixer gets of a layer's call; mask, starts and turns come from `MixedModel.forward`."""
         q, k, v = self.project(hidden_states)
         cos, sin = position_embeddings
-        return MixerInputs(q, k, v, hidden_states, cos, sin, kwargs.get("token_mask"), kwargs.get("document_starts"))
+        flags = (kwargs.get(name) for name in TOKEN_FLAGS)
+        return MixerInputs(q, k, v, hidden_states, cos, sin, *flags)
 
     def forward(
         self,
@@ -83,7 +88,7 @@ class MixedAttention(nn.Module):
             prefetch_next(cache, self.layer_idx, hidden_states.device)
             y = layer.advance(self.mixer, inputs)
         else:
-            y, _ = self.mixer(inputs)
+            y, _ = far.run(self.mixer, inputs, None, need_state=False)
         return self.o_proj(y.flatten(2)), None  # type: ignore[operator]
 
     def softmax_forward(
@@ -94,8 +99,8 @@ class MixedAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """What the teacher's own attention gives with this layer's projections."""
-        kwargs.pop("token_mask", None)
-        kwargs.pop("document_starts", None)
+        for name in TOKEN_FLAGS:
+            kwargs.pop(name, None)
         layers = () if (cache := cache_of(kwargs)) is None else cache.layers
         if self.layer_idx < len(layers) and isinstance(layers[self.layer_idx], MixerCacheLayer):
             raise LizardzooError(

@@ -29,9 +29,11 @@ from lizardzoo.adapters.masks import (
     token_mask,
 )
 from lizardzoo.adapters.publishing import Published
+from lizardzoo.cache import MixerCacheLayer
 from lizardzoo.config import LINEARIZED
 from lizardzoo.errors import LizardzooError
-from lizardzoo.mixers.base import Mixer
+from lizardzoo.mixers import far
+from lizardzoo.mixers.base import Mixer, Turns
 from lizardzoo.registry import Registry
 
 __all__ = [
@@ -111,7 +113,7 @@ class MixedModel(nn.Module):
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the family's own; adds the two per-token flags that mixers need.
+        """As the family's own; adds what mixers need to know of each token.
 
         `attentions` has one entry per layer, None where a mixer is.
         """
@@ -140,6 +142,10 @@ class MixedModel(nn.Module):
                 starts = kwargs["document_starts"] = document_starts(position_ids, *tokens.shape[:2])
                 if starts is not None:
                     use_cache = _without_cache(use_cache)
+        if tokens is not None and any(mixing):
+            kwargs["turns"] = self.turns(
+                tokens, cache_of(kwargs), kwargs.get("token_mask"), kwargs.get("document_starts")
+            )
         if tokens is not None and all(mixing):
             # Nobody looks at a causal mask, which would be [B, 1, T, T]; one of 4 dimensions is taken as it is. It fits
             # no scores: whoever calls softmax_forward all the same gets an error, and not attention without a mask.
@@ -159,6 +165,25 @@ class MixedModel(nn.Module):
             weights = iter(output.attentions)
             output.attentions = tuple(None if mixes else next(weights) for mixes in mixing)
         return output
+
+    def turns(self, tokens: Tensor, cache: Any, mask: Tensor | None, starts: Tensor | None) -> Turns | None:
+        """How kept tokens are brought near for tokens [B, T, ...]; None where none can be beyond the positions known.
+
+        A family whose rotary embedding is not at `rotary_emb` overrides it.
+        """
+        model: Any = self
+        keeping = [layer.self_attn for layer in model.layers if far.keeps(layer.self_attn.mixer)]
+        if not keeping:
+            return None
+        (batch, count), positions = tokens.shape[:2], model.config.max_position_embeddings
+        layer: Any = cache.layers[keeping[0].layer_idx] if cache is not None and cache.layers else None
+        held = layer if isinstance(layer, MixerCacheLayer) else None
+        if count + (0 if held is None else held.most_seen()) <= far.grid(positions)[0]:
+            return None
+        window = None if held is None else keeping[0].mixer.window_state(held.state)
+        length = tokens.new_zeros(batch, dtype=torch.long) if window is None else window.length.to(tokens.device)
+        frequencies = model.rotary_emb.inv_freq.to(tokens.device)
+        return far.turns(positions, frequencies, length, count, mask, starts)
 
 
 class LayerwiseMasks(nn.Module):

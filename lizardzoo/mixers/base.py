@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lizardzoo.config import MixerSpec
 from lizardzoo.errors import LizardzooError
-from lizardzoo.kernels import Impl, rotate
+from lizardzoo.kernels import Impl, WindowState, rotate
 from lizardzoo.kernels.state import overwrite
 from lizardzoo.mixers.merge import Branch
 
@@ -49,6 +49,17 @@ class AttentionShape:
             )
 
 
+class Turns(NamedTuple):
+    """By how much the kept keys are turned for each token (`lizardzoo.mixers.far`): cos, sin [B, T, D] fp32.
+
+    cuts: the tokens, apart from the first, before which some row's turn changes.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    cuts: tuple[int, ...] = ()
+
+
 class MixerInputs(NamedTuple):
     """One call's inputs.
 
@@ -61,6 +72,7 @@ class MixerInputs(NamedTuple):
         sin: [B or 1, T, D], of RoPE.
         mask: [B, T] bool, True = real token; None = all real.
         starts: [B, T] bool, True where a packed document begins; None = none.
+        turns: for texts beyond the teacher's positions; see `lizardzoo.mixers.far`.
     """
 
     q: Tensor
@@ -71,14 +83,21 @@ class MixerInputs(NamedTuple):
     sin: Tensor
     mask: Tensor | None = None
     starts: Tensor | None = None
+    turns: Turns | None = None
 
     def each(self, fn: Callable[[Tensor], Tensor]) -> MixerInputs:
         """`fn` of every tensor that is there."""
-        return MixerInputs(*(x if x is None else fn(x) for x in self))  # type: ignore[arg-type]
+        own = (x if x is None else fn(x) for x in self[:-1])
+        turns = self.turns and self.turns._replace(cos=fn(self.turns.cos), sin=fn(self.turns.sin))
+        return MixerInputs(*own, turns)  # type: ignore[arg-type]
 
     def tokens(self, start: int, end: int) -> MixerInputs:
         """The same for the tokens start .. end-1."""
-        return self.each(lambda x: x[:, start:end])
+        part = self.each(lambda x: x[:, start:end])
+        if self.turns is None or part.turns is None:
+            return part
+        cuts = tuple(cut - start for cut in self.turns.cuts if start < cut < end)
+        return part._replace(turns=part.turns._replace(cuts=cuts))
 
     def rotated(self, impl: Impl = Impl.AUTO) -> tuple[Tensor, Tensor]:
         """q and k after RoPE."""
@@ -139,6 +158,14 @@ class Mixer(nn.Module):
 
         dtype is the model's: keys and values wait in it, what is accumulated is fp32.
         """
+        raise NotImplementedError
+
+    def window_state(self, state: Any | None) -> WindowState | None:
+        """The part of a state that holds a window's rotated keys; None: there is none, or the keys are not rotated."""
+        return None
+
+    def with_window(self, state: Any, window: WindowState) -> Any:
+        """The state with another such part."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:

@@ -149,6 +149,12 @@ class HeavyMixer(Mixer):
     def shares(self, branches: dict[str, Branch], x: Tensor) -> dict[str, Tensor]:
         return mass_shares(branches)
 
+    def window_state(self, state: HeavyMixerState | None) -> WindowState | None:
+        return state.window if state is not None and self.spec.window_rope else None
+
+    def with_window(self, state: HeavyMixerState, window: WindowState) -> HeavyMixerState:
+        return state._replace(window=window)
+
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> HeavyMixerState:
         spec, shape = self.spec, self.shape
         return HeavyMixerState(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lizardzoo.config import register_mixer
 from lizardzoo.errors import LizardzooError
-from lizardzoo.kernels import HybridState, hybrid_attention, hybrid_attention_step
+from lizardzoo.kernels import HybridState, WindowState, hybrid_attention, hybrid_attention_step
 from lizardzoo.kernels.hybrid import share
 from lizardzoo.mixers.base import AttentionShape, Mixer, MixerInputs, start_value
 from lizardzoo.mixers.branches import LinearBranch, LinearFields, WindowBranch, WindowFields
@@ -190,6 +190,12 @@ class HybridMixer(Mixer):
         if self.spec.merge != "joint":
             return super().shares(branches, x)
         return mass_shares(branches)
+
+    def window_state(self, state: HybridState | None) -> WindowState | None:
+        return state.window if state is not None and self.spec.window_rope else None
+
+    def with_window(self, state: HybridState, window: WindowState) -> HybridState:
+        return state._replace(window=window)
 
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> HybridState:
         window = self.window.init_state(self.spec, batch, dtype, device)

@@ -58,5 +58,11 @@ class WindowMixer(OneBranch):
     def merge(self, branches: dict[str, Branch], x: Tensor) -> Tensor:
         return branches["window"].y
 
+    def window_state(self, state: WindowState | None) -> WindowState | None:
+        return state if self.spec.window_rope else None
+
+    def with_window(self, state: WindowState, window: WindowState) -> WindowState:
+        return window
+
     def init_state(self, batch: int, dtype: torch.dtype, device: torch.device | str) -> WindowState:
         return self.window.init_state(self.spec, batch, dtype, device)
