@@ -184,7 +184,9 @@ def distill(
     ] = None,
     stages: Annotated[
         list[StageName] | None,
-        typer.Option("--stage", help="Only this stage; by default both in turn, as far as there is something to train."),
+        typer.Option(
+            "--stage", help="Only this stage; by default both in turn, as far as there is something to train."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     gradient_checkpointing: Annotated[
