@@ -1,5 +1,4 @@
-"""Do the Triton kernels train as the reference does? Stage 1 of a hybrid SmolLM2-135M-Instruct, the same batches, several
-times.
+"""Do the Triton kernels train as the reference does? Stage 1 of a hybrid SmolLM2-135M-Instruct, often, the same batches.
 
     python benchmarks/convergence.py --data novel.txt other.txt.gz      # on a CUDA device
     python benchmarks/convergence.py --data novel.txt --tiny --impl auto --steps 5    # a smoke test anywhere

@@ -204,7 +204,9 @@ def run(out: Path) -> None:
 
     with phase("Distil"):
         settings = {"tokenizer": tokenizer, "data": train, "recipe": RECIPE, "teacher": teacher}
-        console.print("recommended: nothing to train in stage 1; in stage 2 (finetune) LoRA learns the teacher's logits")
+        console.print(
+            "recommended: nothing to train in stage 1; in stage 2 (finetune) LoRA learns the teacher's logits"
+        )
         lz.distill(student, output_dir=out, **settings)
         console.print("hybrid: in stage 1 (transfer) every mixer learns its layer's attention")
         lz.distill(hybrid, output_dir=out / "hybrid", stages=["transfer"], **settings)

@@ -255,9 +255,9 @@ register_recipe(
 # the training text and leaves the teacher (a hybrid of SmolLM2-135M, WikiText: KL 0.265 against 0.357).
 register_recipe(Recipe(name="recommended", transfer=Stage(steps=200), finetune=Finetune(steps=250), mixing="equal"))
 
-# 51K tokens in all: some four minutes for a hybrid of SmolLM2-135M on two CPU cores, in 6 GB. Single sequences teach more than
-# half as many pairs, and leave no step for a warm-up. For the layers' attention 512 tokens are as good as 1,024; for
-# the logits they are not (KL beyond the window, from 20K tokens: 0.238 with 1,024 tokens, 0.244 with 512).
+# 51K tokens in all: some four minutes for a hybrid of SmolLM2-135M on two CPU cores, in 6 GB. Single sequences teach
+# more than half as many pairs, and leave no step for a warm-up. For the layers' attention 512 tokens are as good as
+# 1,024; for the logits they are not (KL beyond the window, from 20K tokens: 0.238 with 1,024 tokens, 0.244 with 512).
 register_recipe(
     Recipe(
         name="demo",
