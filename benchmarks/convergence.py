@@ -1,4 +1,4 @@
-"""Do the Triton kernels train as the reference does? Stage 1 of a hybrid SmolLM2-135M-Instruct, often, the same batches.
+"""Do the Triton kernels train as the reference does? Stage 1 of SmolLM2 with hybrids, the same batches, several times.
 
     python benchmarks/convergence.py --data novel.txt other.txt.gz      # on a CUDA device
     python benchmarks/convergence.py --data novel.txt --tiny --impl auto --steps 5    # a smoke test anywhere
