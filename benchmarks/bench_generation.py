@@ -150,8 +150,8 @@ def obtain(arguments: argparse.Namespace) -> Any:
 
 
 def linearized(teacher: Any, impl: str) -> Any:
-    """The recommended hybrid in every layer, its gates and maps near their start values."""
-    student = lz.linearize(teacher, "recommended").eval()
+    """The hybrid in every layer, its gates and maps near their start values."""
+    student = lz.linearize(teacher, "hybrid").eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for mixer in student.mixers().values():

@@ -1,7 +1,7 @@
 """Which mixer recovers a teacher best from one budget? Train each variant the same way, measure it, tell the numbers.
 
     python benchmarks/compare.py --train novel.txt alpaca.jsonl.gz --text wiki.txt:2048:16 book.txt:8192:4 \\
-        --variants recommended bare 'gate-*' --stages 1 --minutes 25 --out out/compare
+        --variants hybrid bare 'gate-*' --stages 1 --minutes 25 --out out/compare
     python benchmarks/compare.py --list                        # the variants
     python benchmarks/compare.py --render --out out/compare    # the tables and the picture again
 

@@ -26,7 +26,7 @@ from lizardzoo.distill import Recipe, load_data, recipe_from
 from lizardzoo.smollm2 import load_teacher
 
 STAGES = ("start", "transfer", "finetune")
-RANKED = "recommended"
+RANKED = "hybrid"
 """The variant whose first stage ranks the layers for those that keep softmax; for those made of `heavy`, that one."""
 OCTAVES = {"window": 2, "heavy": 3}
 """How often a size is halved and doubled where it is shared out."""

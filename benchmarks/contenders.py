@@ -200,7 +200,7 @@ def hybrid(_: Inputs, impl: str) -> Function:
 
 
 def mixer(i: Inputs, impl: str) -> Function:
-    """The recommended mixer, with RoPE and with gates computed from x: the layer without its projections."""
+    """The hybrid mixer, with RoPE and with gates computed from x: the layer without its projections."""
     module = build_mixer(Shape(i.q.shape[2], i.k.shape[2], *i.map_query.shape[1:]), i.x.shape[2], i.q.device, impl)
     if i.q.dtype == torch.float64:
         module.double()

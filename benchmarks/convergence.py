@@ -1,4 +1,4 @@
-"""Do the Triton kernels train as the reference does? Stage 1 of SmolLM2-135M-Instruct, the same batches, several times.
+"""Do the Triton kernels train as the reference does? Stage 1 of SmolLM2 with hybrids, the same batches, several times.
 
     python benchmarks/convergence.py --data novel.txt other.txt.gz      # on a CUDA device
     python benchmarks/convergence.py --data novel.txt --tiny --impl auto --steps 5    # a smoke test anywhere
@@ -121,7 +121,7 @@ def train(
 ) -> dict[str, Any]:
     """Losses by step, tokens per second and peak memory of one run from the start values."""
     set_seed(0)
-    student = lz.linearize(teacher, "recommended")
+    student = lz.linearize(teacher, "hybrid")
     for mixer in student.mixers().values():
         mixer.impl = Impl(impl)
         if exact:

@@ -17,7 +17,7 @@ def markdown(run: dict[str, Any]) -> str:
     model = run["model"]
     parts = [
         f"{named(run['machine'])}; {model['name']} ({model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}, "
-        f"trained for {model['positions']:,} positions). Teacher: softmax (sdpa). Student: `recommended` in every "
+        f"trained for {model['positions']:,} positions). Teacher: softmax (sdpa). Student: `hybrid` in every "
         f"layer, untrained.",
         "Generating, one token a step: tokens per second of all sequences from a CUDA graph (as PyTorch runs it), "
         "medians of at least 20 steps. The teacher's cache is full and read without a mask, the best case for softmax; "

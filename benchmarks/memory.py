@@ -53,7 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--measure", nargs="+", choices=SHAPES, default=["135m", "360m"])
     parser.add_argument("--foretell", nargs="*", choices=SHAPES, default=["8b", "70b"])
-    parser.add_argument("--layers", default="recommended", help="a preset")
+    parser.add_argument("--layers", default="hybrid", help="a preset")
     parser.add_argument("--tokens", type=int, default=1024, help="of a sequence")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the frozen weights")
     parser.add_argument("--out", type=Path, default=Path("out/memory.json"))
@@ -98,7 +98,7 @@ def config(size: str, tokens: int) -> LlamaConfig:
 
 
 def short_recipe(tokens: int) -> Recipe:
-    """`recommended`, of a few steps of one sequence."""
+    """The recipe `recommended`, of a few steps of one sequence."""
     recipe, few = RECIPES["recommended"], {"steps": STEPS, "batch_size": 1, "sequence_length": tokens}
     return replace(recipe, transfer=replace(recipe.transfer, **few), finetune=replace(recipe.finetune, **few))
 

@@ -81,7 +81,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=processes.launched(), help="as torchrun says, unless given")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     parser.add_argument("--size", choices=SIZES, default="1b")
-    parser.add_argument("--layers", default="recommended", help="a preset")
+    parser.add_argument("--layers", default="hybrid", help="a preset")
     parser.add_argument("--steps", type=int, default=30, help="of each stage")
     parser.add_argument("--skip", type=int, default=5, help="steps that are not timed: kernels are compiled there")
     parser.add_argument("--batch", type=int, default=16, help="sequences per step, over all devices")

@@ -1,4 +1,4 @@
-"""What `compare.py` compares: one mixer per row, each told by what differs from the recommended hybrid."""
+"""What `compare.py` compares: one mixer per row, each told by what differs from the hybrid's defaults."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from lizardzoo.kernels.state import state_tensors
 from lizardzoo.mixers import AttentionShape
 from lizardzoo.mixers.branches import MAX_SIZE
 
-RECOMMENDED: Any = PRESETS.get("recommended")
+HYBRID: Any = PRESETS.get("hybrid")
 
 
 @dataclass(frozen=True)
@@ -67,15 +67,13 @@ def at_state_of(spec: Any, other: MixerSpec, field: str = "window") -> Callable[
 
 
 def hybrid(name: str, differs: str = "", **changes: Any) -> Variant:
-    """The recommended hybrid with other fields."""
-    return Variant(
-        name, replace(RECOMMENDED, **changes), differs or ", ".join(f"{k}={v!r}" for k, v in changes.items())
-    )
+    """The hybrid with other fields."""
+    return Variant(name, replace(HYBRID, **changes), differs or ", ".join(f"{k}={v!r}" for k, v in changes.items()))
 
 
 def wide(window: int) -> list[Variant]:
-    """The recommended hybrid with another window, and the bare window with as many bytes."""
-    spec = replace(RECOMMENDED, window=window)
+    """The hybrid with another window, and the bare window with as many bytes."""
+    spec = replace(HYBRID, window=window)
     return [
         Variant(f"window-{window}", spec, f"window={window}"),
         Variant(
@@ -84,22 +82,22 @@ def wide(window: int) -> list[Variant]:
     ]
 
 
-HEAVY = at_state_of(lz.Heavy(window=128), RECOMMENDED, "heavy")
+HEAVY = at_state_of(lz.Heavy(window=128), HYBRID, "heavy")
 
 VARIANTS: list[Variant] = [
-    Variant("recommended", RECOMMENDED, ""),
-    Variant("bare", at_state_of(lz.Window(keep=4), RECOMMENDED), "a bare window with as many bytes of state"),
+    Variant("hybrid", HYBRID, ""),
+    Variant("bare", at_state_of(lz.Window(keep=4), HYBRID), "a bare window with as many bytes of state"),
     Variant("heavy", HEAVY, "a window of 128 and the tokens that drew most attention in it, as many bytes"),
     Variant(
         "heavy-window-64",
-        at_state_of(lz.Heavy(window=64), RECOMMENDED, "heavy"),
+        at_state_of(lz.Heavy(window=64), HYBRID, "heavy"),
         "the same with a window of 64 and more of those tokens",
     ),
-    Variant("heavy-lasting", at_state_of(lz.Heavy(half_life=None), RECOMMENDED, "heavy"), "heavy, half_life=None"),
+    Variant("heavy-lasting", at_state_of(lz.Heavy(half_life=None), HYBRID, "heavy"), "heavy, half_life=None"),
     *(
         Variant(
             f"heavy-half-life-{count}",
-            at_state_of(lz.Heavy(half_life=count), RECOMMENDED, "heavy"),
+            at_state_of(lz.Heavy(half_life=count), HYBRID, "heavy"),
             f"heavy, half_life={count}",
         )
         for count in (128, 512, 1024)
@@ -134,19 +132,17 @@ VARIANTS: list[Variant] = [
     *(
         Variant(
             f"features-{dim}-same-state",
-            at_state_of(replace(RECOMMENDED, feature_dim=dim), RECOMMENDED),
+            at_state_of(replace(HYBRID, feature_dim=dim), HYBRID),
             f"feature_dim={dim}, and a window for the bytes that this saves",
         )
         for dim in (16, 32)
     ),
     *(variant for window in (64, 256, 512) for variant in wide(window)),
-    Variant("windows-by-layer", RECOMMENDED, "windows shared out among the layers, same state", share="window"),
-    Variant("loss-ce", RECOMMENDED, "stage 2 with cross-entropy", loss=(1.0, 0.0)),
-    Variant("loss-both", RECOMMENDED, "stage 2 with cross-entropy and KL", loss=(0.5, 0.5)),
+    Variant("windows-by-layer", HYBRID, "windows shared out among the layers, same state", share="window"),
+    Variant("loss-ce", HYBRID, "stage 2 with cross-entropy", loss=(1.0, 0.0)),
+    Variant("loss-both", HYBRID, "stage 2 with cross-entropy and KL", loss=(0.5, 0.5)),
     *(
-        Variant(
-            f"softmax-{count}", RECOMMENDED, f"softmax kept in {count} layer{'s' if count > 1 else ''}", softmax=count
-        )
+        Variant(f"softmax-{count}", HYBRID, f"softmax kept in {count} layer{'s' if count > 1 else ''}", softmax=count)
         for count in (1, 2, 4, 8)
     ),
 ]

@@ -71,7 +71,7 @@ def coverage() -> Figure:
     padded = torch.ones(1, count, dtype=torch.bool)
     padded[:, 8:14] = False
     cases: Sequence[tuple[str, int, int, Tensor | None]] = (
-        ("recommended: disjoint", window, keep, None),
+        ("hybrid: disjoint", window, keep, None),
         ("Lizard: the memory sees everything", 0, 0, None),
         ("disjoint, positions 8-13 padded", window, keep, padded),
     )

@@ -67,7 +67,8 @@ def linearize(
         model: a loaded causal LM, or the id, folder or GGUF file of one. It is left untouched.
         layers: one spec, preset name or dict per layer, or one for all layers.
         calibrate: text, or token ids [B, T], on which mixers set their start values from the teacher's own attention
-            (text needs `tokenizer`, or a `model` given by id, folder or file). None: sensible constants.
+            (text needs `tokenizer`, or a `model` given by id, folder or file). None: sensible constants. Mixers without
+            parameters, such as `Heavy`, have nothing to set.
         tokenizer: for `calibrate`.
         dtype: of the copied weights; the teacher's unless given. New parameters are fp32 always.
 

@@ -114,7 +114,7 @@ def test_linearize_calibrates_on_the_text(tiny_folder, text_file, tmp_path):
 
 
 def test_linearize_casts_what_is_kept_and_not_what_is_new(tiny_folder, tmp_path):
-    succeed("linearize", tiny_folder, "--dtype", "bfloat16", "--out", tmp_path / "student")
+    succeed("linearize", tiny_folder, "--layers", "hybrid", "--dtype", "bfloat16", "--out", tmp_path / "student")
     dtypes = {".mixer." in n: p.dtype for n, p in lz.from_pretrained(tmp_path / "student").named_parameters()}
     assert dtypes == {False: torch.bfloat16, True: torch.float32}
 
@@ -151,25 +151,29 @@ def test_linearize_goes_on_with_what_a_stopped_one_left(tiny_folder, tmp_path):
     assert "'5 apples' is not a size" in fail("linearize", tiny_folder, "--max-shard-size", "5 apples", "--out", "new")
 
 
-def test_a_dry_run_shows_the_plan_and_reads_no_weights(tiny_folder, tmp_path):
+@pytest.mark.parametrize("preset", ["recommended", "hybrid"])
+def test_a_dry_run_shows_the_plan_and_reads_no_weights(preset, tiny_folder, tmp_path):
     (tmp_path / "bare").mkdir()
     shutil.copy(tiny_folder / "config.json", tmp_path / "bare")
-    out = succeed("linearize", tmp_path / "bare", "--softmax", "1", "--dry-run")
-    student = lz.linearize(tiny_folder, ["recommended", "softmax", "recommended"])
+    given = () if preset == "recommended" else ("--layers", preset)
+    out = succeed("linearize", tmp_path / "bare", *given, "--softmax", "1", "--dry-run")
+    student = lz.linearize(tiny_folder, [preset, "softmax", preset])
     new = sum(p.numel() for n, p in student.named_parameters() if ".mixer." in n)
     wanted = (
         f"{new:,}",
-        "recommended",
+        preset,
         "softmax",
         "8,192",
         "32,768",
         "131,072",
-        "transfer",
         "finetune",
         "checkpointed",
     )
     for text in (*wanted, human_bytes(state_bytes(student)), human_bytes(kv_bytes(student, 32768))):
         assert text in out
+    assert ("│ transfer " in out) == (new > 0)
+    said = "no stage transfer: the mixers have no parameters of their own"
+    assert (said in " ".join(out.split())) == (new == 0)
     assert left_behind(tmp_path) == ["bare"]
     assert "unknown preset" in fail("linearize", tmp_path / "bare", "--layers", "lizzard", "--dry-run")
 
@@ -187,7 +191,7 @@ def test_a_dry_run_shows_the_plan_and_reads_no_weights(tiny_folder, tmp_path):
         (["--softmax", "3"], "layer 3, but the model's layers are 0 to 2"),
         (["--softmax", "a-b"], "write it as 9,19-21"),
         (["--calibrate", "nowhere.txt"], "there is no text file 'nowhere.txt'"),
-        (["--calibrate", "short.txt"], "calibration text"),
+        (["--layers", "hybrid", "--calibrate", "short.txt"], "calibration text"),
     ],
 )
 def test_a_wrong_layers_list_is_one_line_and_nothing_is_written(tiny_folder, tmp_path, monkeypatch, arguments, message):
@@ -639,6 +643,18 @@ def test_distill_runs_one_stage(student_folder, text_file, recipe_file, tmp_path
     )  # fmt: skip
     assert (tmp_path / "run" / "transfer").is_dir()
     assert not (tmp_path / "run" / "final").exists()
+
+
+def test_distill_of_what_is_recommended_goes_straight_to_stage_2(tiny_folder, text_file, recipe_file, tmp_path):
+    succeed("linearize", tiny_folder, "--out", tmp_path / "student")
+    run = ("distill", tmp_path / "student", "--data", text_file, "--recipe", recipe_file, "--out", tmp_path / "run")
+    assert 'pass stages=["finetune"]' in fail(*run, "--stage", "transfer")
+    code, out, err = lizardzoo(*run)
+    assert code == 0
+    assert "so the stage transfer has nothing to train: it is left out" in err
+    assert f"wrote {tmp_path / 'run' / 'final'}" in out
+    assert not (tmp_path / "run" / "transfer").exists()
+    assert f"wrote {tmp_path / 'run' / 'final'}" in succeed(*run, "--resume")
 
 
 def test_distill_says_what_is_wrong(student_folder, tiny_folder, text_file, tmp_path):

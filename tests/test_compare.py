@@ -47,13 +47,13 @@ def report(compare):
 @pytest.fixture
 def call(compare, variants, tiny_folder, tmp_path, monkeypatch):
     """The driver on the tiny Llama and windows that its short texts leave; returns results.json."""
-    small = replace(PRESETS.get("recommended"), window=8)
-    monkeypatch.setitem(PRESETS._entries, "recommended", small)
+    small = replace(PRESETS.get("hybrid"), window=8)
+    monkeypatch.setitem(PRESETS._entries, "hybrid", small)
     monkeypatch.setattr(
         compare,
         "VARIANTS",
         [
-            variants.Variant("recommended", small, ""),
+            variants.Variant("hybrid", small, ""),
             variants.Variant("bare", variants.at_state_of(lz.Window(), small), "bare"),
             variants.Variant("softmax-2", small, "two kept", softmax=2),
             variants.Variant("shared", small, "shared windows", share="window"),
@@ -90,7 +90,7 @@ def without_times(results):
 def test_every_variant_is_trained_measured_and_told(call, tiny_folder, tiny_tokenizer, tmp_path):
     results = call("--stages", 2, "--distances", 8)
     assert {name: list(run["stages"]) for name, run in results["runs"].items()} == {
-        "recommended, 0": ["start", "transfer", "finetune"],
+        "hybrid, 0": ["start", "transfer", "finetune"],
         "bare, 0": ["start", "transfer", "finetune"],
         "softmax-2, 0": ["start", "transfer", "finetune"],
         "shared, 0": ["start", "transfer", "finetune"],
@@ -103,29 +103,29 @@ def test_every_variant_is_trained_measured_and_told(call, tiny_folder, tiny_toke
     )  # nothing to learn in stage 1
     teacher = AutoModelForCausalLM.from_pretrained(tiny_folder)
     ids = evaluate.sequences(tmp_path / "text.txt", tiny_tokenizer, 48, 2)
-    trained = lz.from_pretrained(tmp_path / "out" / "runs" / "recommended-0" / "final")
+    trained = lz.from_pretrained(tmp_path / "out" / "runs" / "hybrid-0" / "final")
     overall = evaluate.by_position(trained, ids, teacher=teacher).overall
-    stage = results["runs"]["recommended, 0"]["stages"]["finetune"]
+    stage = results["runs"]["hybrid, 0"]["stages"]["finetune"]
     found = stage["texts"]["text, 48 tokens"]
     assert found["all"]["kl"] == pytest.approx(overall.kl, rel=1e-4)
     assert found["all"]["perplexity"] == pytest.approx(overall.perplexity, rel=1e-4)
     assert [row["name"] for row in stage["retrieval"]] == ["teacher", "student"]
     kept = [i for i, spec in enumerate(results["runs"]["softmax-2, 0"]["layers"]) if spec["type"] == "softmax"]
-    assert kept == sorted(results["selection"]["recommended"]["kept"][:2])
+    assert kept == sorted(results["selection"]["hybrid"]["kept"][:2])
     of_hybrid, of_heavy = (
-        [results[key][base]["of"] for key in ("selection", "windows")] for base in ("recommended", "heavy")
+        [results[key][base]["of"] for key in ("selection", "windows")] for base in ("hybrid", "heavy")
     )
-    assert of_hybrid == ["recommended after stage 1"] * 2 and of_heavy == ["heavy"] * 2
+    assert of_hybrid == ["hybrid after stage 1"] * 2 and of_heavy == ["heavy"] * 2
     shared = results["runs"]["shared, 0"]
-    assert [spec["window"] for spec in shared["layers"]] == results["windows"]["recommended"]["windows"]
+    assert [spec["window"] for spec in shared["layers"]] == results["windows"]["hybrid"]["windows"]
     sizes = [spec["heavy"] for spec in results["runs"]["heavy-shared, 0"]["layers"]]
     assert sizes == results["windows"]["heavy"]["windows"]
     kept = [i for i, spec in enumerate(results["runs"]["heavy-softmax, 0"]["layers"]) if spec["type"] == "softmax"]
     assert kept == results["selection"]["heavy"]["kept"][:1]
-    assert shared["state bytes"] <= results["runs"]["recommended, 0"]["state bytes"]
-    assert [path.name for path in (tmp_path / "out" / "runs").iterdir()] == ["recommended-0"]
+    assert shared["state bytes"] <= results["runs"]["hybrid, 0"]["state bytes"]
+    assert [path.name for path in (tmp_path / "out" / "runs").iterdir()] == ["hybrid-0"]
     told = (tmp_path / "out" / "results.md").read_text()
-    for name in ("recommended", "bare", "softmax-2", "After stage 2", "recall at 8"):
+    for name in ("hybrid", "bare", "softmax-2", "After stage 2", "recall at 8"):
         assert name in told
     assert f"{overall.kl:.3f}<br>" in told
     assert (tmp_path / "out" / "results.png").read_bytes().startswith(b"\x89PNG")
@@ -162,11 +162,11 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(call, comparison, mo
 
 
 def test_seeds_have_other_batches_and_one_row(call, report):
-    results = call("--stages", 1, "--variants", "recommended", "--seeds", 0, 1)
+    results = call("--stages", 1, "--variants", "hybrid", "--seeds", 0, 1)
     one, other = (run["stages"]["transfer"]["texts"] for run in results["runs"].values())
     assert one != other
     ((name, row),) = report.rows_of(results, "text, 48 tokens", "transfer")
-    assert name == "recommended"
+    assert name == "hybrid"
     assert len(row["far"]) == 2
     assert " ± " in report.table([(name, row)])
 
@@ -187,8 +187,8 @@ def test_variants_are_told_apart_and_have_the_state_they_claim(compare, variants
     for spec in by_name.values():
         assert lz.linearize(tiny_llama, spec).config.specs == [spec] * 3
     equal = {
-        "bare": "recommended",
-        "features-16-same-state": "recommended",
+        "bare": "hybrid",
+        "features-16-same-state": "hybrid",
         "bare-64": "window-64",
         "bare-512": "window-512",
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 import lizardzoo as lz
 from lizardzoo import LizardzooError
-from lizardzoo.config import MIXERS, PRESETS, resolve_layers, spec_from_dict
+from lizardzoo.config import MIXERS, PRESETS, describe_spec, resolve_layers, spec_from_dict
 from lizardzoo.testing import specs
 
 
@@ -25,7 +26,7 @@ def test_any_list_of_layers_round_trips_through_json(data: st.DataObject) -> Non
 
 
 def test_the_named_presets_are_there_and_are_what_their_names_say() -> None:
-    names = {"lizard", "lizard-rope", "lolcats", "gated-linear", "window", "softmax", "recommended"}
+    names = {"lizard", "lizard-rope", "lolcats", "recommended"}
     assert names <= set(PRESETS.names())
     lizard, rope = PRESETS.get("lizard"), PRESETS.get("lizard-rope")
     assert isinstance(lizard, lz.Hybrid) and (lizard.merge, lizard.disjoint, lizard.gate) == ("sum", False, "token")
@@ -37,9 +38,21 @@ def test_the_named_presets_are_there_and_are_what_their_names_say() -> None:
         None,
         True,
     )
+    for spec in (lz.GatedLinear(), lz.Heavy(), lz.Hybrid(), lz.Softmax(), lz.Window()):
+        assert PRESETS.get(spec.type_name.replace("_", "-")) == spec
+    both = PRESETS.get("hybrid")
+    assert isinstance(both, lz.Hybrid) and (both.merge, both.disjoint, both.keep, both.sinks) == ("joint", True, 4, 0)
+    assert (both.window, both.window_rope, both.feature_rope, both.gate) == (128, True, False, "kv_head")
     best = PRESETS.get("recommended")
-    assert isinstance(best, lz.Hybrid) and (best.merge, best.disjoint, best.keep, best.sinks) == ("joint", True, 4, 0)
-    assert (best.window, best.window_rope, best.feature_rope, best.gate) == (128, True, False, "kv_head")
+    assert isinstance(best, lz.Heavy) and (best.window, best.keep, best.heavy, best.sinks) == (128, 4, 128, 0)
+    assert best == lz.Heavy()
+
+
+def test_what_is_recommended_is_the_default_everywhere_and_is_called_so() -> None:
+    calls = (lz.linearize, lz.linearize_checkpoint, lz.select_layers, lz.select_windows)
+    assert {inspect.signature(call).parameters["layers"].default for call in calls} == {"recommended"}
+    assert describe_spec(lz.Heavy()) == "recommended"
+    assert describe_spec(lz.Hybrid()) == "hybrid"
 
 
 def test_one_entry_serves_all_layers_and_a_list_may_mix_forms() -> None:

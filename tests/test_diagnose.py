@@ -148,10 +148,10 @@ def test_the_model_is_left_as_it_was(student, tiny_llama, text):
 # --- verdicts
 
 
-@pytest.mark.parametrize("preset", ["recommended", "lolcats", "lizard-rope", "window", "gated-linear"])
+@pytest.mark.parametrize("preset", ["recommended", "hybrid", "lolcats", "lizard-rope", "window", "gated-linear"])
 def test_a_healthy_model_gets_no_finding(tiny_llama, text, preset):
     spec = PRESETS.get(preset)
-    changes = {"window": WINDOW} if hasattr(spec, "window") else {}
+    changes = {name: WINDOW for name in ("window", "heavy") if hasattr(spec, name)}
     if preset == "lizard-rope":
         changes["gate_init"] = 0.99  # the paper's own start is what the next law finds
     model = moved(lz.linearize(tiny_llama, dataclasses.replace(spec, **changes)))

@@ -228,7 +228,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                      num_attention_heads=2, num_key_value_heads=1, head_dim=16)
-model = lz.linearize(LlamaForCausalLM(config), "recommended")
+model = lz.linearize(LlamaForCausalLM(config), ["recommended", "hybrid"])
 logits = model(torch.arange(10)[None]).logits
 assert logits.isfinite().all()
 loaded = [name for name in {OPTIONAL!r} if sys.modules.get(name) is not None]

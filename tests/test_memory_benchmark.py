@@ -40,6 +40,15 @@ def test_the_estimate_is_what_real_steps_take(memory, tmp_path, capsys, monkeypa
     assert not memory.is_red({**measured[0], "measured": None}, "cpu")  # foretold alone
 
 
+def test_so_it_is_of_mixers_without_parameters_which_have_one_stage(memory, tmp_path):
+    path = tmp_path / "memory.json"
+    arguments = [*ARGUMENTS, str(path), "--layers", "recommended", "--tokens", "384"]  # more than it holds exactly
+    assert memory.main(arguments) == 0
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["option"] for row in rows] == OPTIONS[1:]
+    assert all(row["total"] == pytest.approx(row["measured"], rel=0.05) for row in rows)
+
+
 def test_what_is_measured_is_freed_again(memory):
     import torch
 

@@ -42,7 +42,7 @@ def largest(folder):
     return max(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("layers", ["recommended", "softmax", "mixed"])
+@pytest.mark.parametrize("layers", ["recommended", "hybrid", "softmax", "mixed"])
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_the_files_are_those_of_the_conversion_in_memory(layers, dtype, sharded, tmp_path):
     layers = LAYERS.get(layers, layers) if layers == "mixed" else layers
@@ -63,16 +63,16 @@ def test_every_family_is_converted_as_in_memory(family, tmp_path):
     source = tmp_path / "teacher"
     teacher(family).save_pretrained(source)
     (source / "generation_config.json").unlink()
-    expected = in_memory(source, tmp_path / "expected", "recommended", "30KB")
-    linearize_checkpoint(source, tmp_path / "out", "recommended", max_shard_size="30KB")
+    expected = in_memory(source, tmp_path / "expected", "hybrid", "30KB")
+    linearize_checkpoint(source, tmp_path / "out", "hybrid", max_shard_size="30KB")
     assert contents(tmp_path / "out") == expected
-    one = in_memory(source, tmp_path / "one", "recommended", "50GB")  # a teacher in one file
-    linearize_checkpoint(source, tmp_path / "again", "recommended")
+    one = in_memory(source, tmp_path / "one", "hybrid", "50GB")  # a teacher in one file
+    linearize_checkpoint(source, tmp_path / "again", "hybrid")
     assert contents(tmp_path / "again") == one
 
 
 def test_a_stopped_conversion_is_no_model_and_ends_in_the_same_files(sharded, tmp_path):
-    linearize_checkpoint(sharded, tmp_path / "whole")
+    linearize_checkpoint(sharded, tmp_path / "whole", "hybrid")
     out, part = tmp_path / "out", unfinished(tmp_path / "out")
 
     def stop(done, total):
@@ -80,7 +80,7 @@ def test_a_stopped_conversion_is_no_model_and_ends_in_the_same_files(sharded, tm
             raise Stopped
 
     with pytest.raises(Stopped):
-        linearize_checkpoint(sharded, out, progress=stop)
+        linearize_checkpoint(sharded, out, "hybrid", progress=stop)
     assert not out.exists()
     with pytest.raises((OSError, ValueError)):
         lz.from_pretrained(part)
@@ -88,7 +88,7 @@ def test_a_stopped_conversion_is_no_model_and_ends_in_the_same_files(sharded, tm
     second.write_bytes(second.read_bytes()[:-10])  # cut short
     (part / "model-00003-of-00009.safetensors.partial").write_bytes(b"torn")
     kept = first.stat().st_mtime_ns
-    linearize_checkpoint(sharded, out)
+    linearize_checkpoint(sharded, out, "hybrid")
     assert contents(out) == contents(tmp_path / "whole")
     assert (out / first.name).stat().st_mtime_ns == kept
     assert not part.exists()
@@ -123,7 +123,7 @@ def test_one_file_of_the_result_is_in_memory_at_a_time(sharded, tmp_path, monkey
         original(tensors, path, metadata)
 
     monkeypatch.setattr(streaming, "save_file", save)
-    linearize_checkpoint(sharded, tmp_path / "out", max_shard_size=40_000)
+    linearize_checkpoint(sharded, tmp_path / "out", "hybrid", max_shard_size=40_000)
     assert len(alive) == 53  # every parameter, once
     assert max(most) <= 40_000
     assert len(most) > 4
@@ -221,7 +221,7 @@ def test_wrong_arguments_are_refused_before_anything_is_written(sharded, tmp_pat
 
 
 def test_start_values_do_not_depend_on_the_dtype_of_the_weights(tiny_llama):
-    for layers in ("recommended", lz.GatedLinear(feature_dim=24)):  # more features than the head has dimensions
+    for layers in ("hybrid", lz.GatedLinear(feature_dim=24)):  # more features than the head has dimensions
         wide, narrow = (lz.linearize(tiny_llama, layers, dtype=d) for d in (torch.float32, torch.bfloat16))
         for index, mixer in wide.mixers().items():
             for name, value in mixer.state_dict().items():

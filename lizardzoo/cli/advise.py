@@ -105,7 +105,10 @@ def diagnose(
 @app.command("select-layers")
 def select_layers(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A student, best after stage 1; or a teacher: folder or Hub id.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A student (of hybrids best after stage 1), or a teacher: folder or Hub id."
+        ),
     ],
     text: Annotated[Path, typer.Option(help="A text file (UTF-8, also .gz).")],
     keep: Annotated[int, typer.Option("--keep", "-k", min=0, help="How many layers shall have softmax.")],
@@ -136,14 +139,15 @@ def select_layers(
     """Choose the layers whose softmax is worth most, by KL to the teacher on a text.
 
     \b
-      lizardzoo select-layers runs/first/transfer --text novel.txt --keep 4 \\
-          --out layers.json
+      lizardzoo select-layers HuggingFaceTB/SmolLM2-135M-Instruct \\
+          --text novel.txt --keep 4 --out layers.json
       lizardzoo linearize HuggingFaceTB/SmolLM2-135M-Instruct \\
           --layers layers.json --out student
 
-    A student is ranked as it is; a teacher is linearized with --layers first, and
-    says less: untrained mixers lose what trained ones keep. What a few softmax
-    layers give back is recall; with --recall 512 --recall 1536 they are chosen by it.
+    A student is ranked as it is; a teacher is linearized with --layers first, which
+    says less where mixers have parameters: untrained they lose what trained ones keep.
+    What a few softmax layers give back is recall: with --recall 512 --recall 1536
+    they are chosen by it.
     """
     _refuse_layers_file(file)
     tokenizer, weights = load_tokenizer(model), None
@@ -171,7 +175,10 @@ class SizeField(str, Enum):
 @app.command("select-windows")
 def select_windows(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A student, best after stage 1; or a teacher: folder or Hub id.")
+        str,
+        typer.Argument(
+            metavar="MODEL", help="A student (of hybrids best after stage 1), or a teacher: folder or Hub id."
+        ),
     ],
     text: Annotated[Path, typer.Option(help="A text file (UTF-8, also .gz).")],
     file: Annotated[Path, typer.Option("--out", "-o", help="New .json file for the layers list.")],
@@ -193,8 +200,8 @@ def select_windows(
     """Share the windows (or heavy tokens) out among the layers at the same state, by KL to the teacher on a text.
 
     \b
-      lizardzoo select-windows runs/first/transfer --text novel.txt \\
-          --out layers.json
+      lizardzoo select-windows HuggingFaceTB/SmolLM2-135M-Instruct \\
+          --field heavy --text novel.txt --out layers.json
     """
     _refuse_layers_file(file)
     ids = evaluate.sequences(text, load_tokenizer(model), length, limit)

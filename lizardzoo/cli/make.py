@@ -66,7 +66,8 @@ def linearize(
         typer.Option(
             "--calibrate",
             metavar="FILE",
-            help="A text whose start the teacher reads, so that the new parameters begin near its attention.",
+            help="A text whose start the teacher reads, so that the new parameters begin near its attention "
+            "(hybrids; recommended has none).",
         ),
     ] = None,
     dtype: DtypeOption = Dtype.auto,
@@ -78,7 +79,7 @@ def linearize(
         bool, typer.Option("--dry-run", help="Write nothing; show the layers, sizes, and memory to run and to train.")
     ] = False,
 ) -> None:
-    """Replace a teacher's attention, layer by layer; the student still has to be distilled.
+    """Replace a teacher's attention, layer by layer; distilling the student then brings it closer.
 
     Memory is that of one weight file: they are converted one by one. Stopped, it
     leaves OUT.unfinished, and the same command goes on with that. (--calibrate
@@ -86,7 +87,8 @@ def linearize(
 
     \b
       lizardzoo linearize HuggingFaceTB/SmolLM2-135M-Instruct --out student
-      lizardzoo linearize ./llama --softmax 9,19 --calibrate text.txt --out new
+      lizardzoo linearize ./llama --softmax 9,19 --out new
+      lizardzoo linearize ./llama --layers hybrid --calibrate text.txt --out new
       lizardzoo linearize ./llama --layers layers.py --out student
 
     A layers file is Python that sets `layers`, or the same list as JSON:
@@ -181,7 +183,10 @@ def distill(
         ),
     ] = None,
     stages: Annotated[
-        list[StageName] | None, typer.Option("--stage", help="Only this stage; by default both in turn.")
+        list[StageName] | None,
+        typer.Option(
+            "--stage", help="Only this stage; by default both in turn, as far as there is something to train."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
     gradient_checkpointing: Annotated[
@@ -201,6 +206,9 @@ def distill(
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
     """Train a student on its teacher: each layer by itself (transfer), then the whole (finetune).
+
+    Where the mixers have no parameters of their own (recommended, heavy, window), the
+    first has nothing to train and is left out, which is said.
 
     \b
       lizardzoo distill student --data a.txt --data b.jsonl --out runs/first
@@ -232,7 +240,7 @@ def distill(
         teacher=None if teacher is None else load_model(teacher, dtype, device="cpu"),
         output_dir=folder,
         resume=resume,
-        stages=[stage.value for stage in stages or StageName],
+        stages=[stage.value for stage in stages] if stages else None,
         gradient_checkpointing=gradient_checkpointing,
         micro_batch_size=micro_batch_size,
         checkpoint_every=checkpoint_every,

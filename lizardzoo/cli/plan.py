@@ -41,8 +41,11 @@ def _training(student: Any, recipe: Recipe) -> Any:
     sizes = " and ".join(f"{length:,}" for length in lengths)
     title = f"training ({recipe.name}), one sequence of {sizes} tokens at a time, estimated"
     table = make_table(title, "stage", "frozen weights", "what trains", "activations", "all")
-    for row in training_memory(student, recipe):
+    rows = training_memory(student, recipe)
+    for row in rows:
         parts = (row.weights, row.learning, row.activations, row.total)
         table.add_row(row.option, *map(human_bytes, parts))
     table.caption = "sharded over N processes, each has an N-th of the frozen weights"
+    if all(row.option != "transfer" for row in rows):
+        table.caption += "; no stage transfer: the mixers have no parameters of their own"
     return table

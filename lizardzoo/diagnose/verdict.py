@@ -10,7 +10,7 @@ from lizardzoo.diagnose.layers import Layer
 from lizardzoo.diagnose.letters import Letters
 
 DEAD_HALF_LIFE = 4.0
-"""Tokens. A gate that starts at 0.5 has 1, the recommended one that starts at 0.999 has 693."""
+"""Tokens. A gate that starts at 0.5 has 1, one that starts at 0.999 as `Hybrid`'s do has 693."""
 BYPASSED = 0.1
 """Of what the teacher puts where the branch looks. Calibrated and not yet trained, SmolLM2's linear branches carry from
 a fifth to three quarters of it, without calibration a hundredth."""

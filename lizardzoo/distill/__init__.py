@@ -36,7 +36,7 @@ def distill(
     teacher: PreTrainedModel | str | Path | None = None,
     output_dir: str | Path,
     resume: bool = False,
-    stages: Sequence[str] = ("transfer", "finetune"),
+    stages: Sequence[str] | None = None,
     progress: bool = True,
     gradient_checkpointing: bool = False,
     micro_batch_size: int | None = None,
@@ -44,6 +44,9 @@ def distill(
     shard: bool = False,
 ) -> Any:
     """Train a linearized model to do what its teacher does, in place.
+
+    Both stages, one after the other. Stage 1 trains what the mixers have of their own: where none has a parameter
+    (`Heavy`, a bare `Window`) it is left out, which is said beside the progress bars and in `recipe.json`.
 
     `output_dir` gets `transfer/` and `final/` (model and tokenizer after each stage), `log.jsonl` (a line per
     step), `loss.png`, `layer_error.png`, `recipe.json`, and while a stage runs its checkpoints: what trains,
@@ -60,8 +63,8 @@ def distill(
         output_dir: an empty or new folder, or the one to resume.
         resume: go on with the run in `output_dir` (from its beginning, if it holds none). The model is to be
             given as it was at the start; another recipe, data, model or teacher is refused.
-        stages: "transfer", "finetune" or both.
-        progress: show progress bars.
+        stages: "transfer", "finetune" or both. None: both, as far as there is something to train.
+        progress: show progress bars, and say which stage is left out.
         gradient_checkpointing: recompute stage 2's activations in the backward pass: less memory, a third more
             time. Stage 1 holds the activations of one layer at a time as it is.
         micro_batch_size: sequences per forward pass, where a recipe's batch does not fit in memory.
@@ -78,7 +81,8 @@ def distill(
         `shard`, else where it was trained.
 
     Raises:
-        LizardzooError: wrong input, before anything is written; its subclass `NonFiniteError` when a loss or
+        LizardzooError: wrong input, before anything is written, also a "transfer" that is asked for where it has
+            nothing to train; its subclass `NonFiniteError` when a loss or
             gradient is not finite: it names the step, the layer and the last good checkpoint.
     """
     from lizardzoo.distill.run import run

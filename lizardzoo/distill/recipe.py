@@ -1,5 +1,6 @@
 """Recipes: every number that decides what distillation learns, as frozen, typed values.
 
+One recipe serves every student: what it says of stage 1 is used where the mixers have parameters of their own.
 A recipe says nothing about the machine: how many sequences fit in memory at once and how often a checkpoint
 is written are arguments of `lizardzoo.distill`. `Recipe.to_dict` and `Recipe.from_dict` are exact inverses,
 also through JSON. Change a recipe with `dataclasses.replace`.
@@ -115,6 +116,7 @@ class Recipe:
 
     name: str
     transfer: Stage
+    """Stage 1; unused where no mixer has parameters of its own."""
     finetune: Finetune
     mixing: str = "concatenate"
     """Several sources: `concatenate` takes all of each, `equal` the same number of sequences of each."""
@@ -250,12 +252,12 @@ register_recipe(
 )
 
 # 3.3M and 4.1M tokens, half instructions, half books. KL to the teacher instead of cross-entropy, which fits
-# the training text and leaves the teacher (SmolLM2-135M, WikiText: KL 0.265 against 0.357).
+# the training text and leaves the teacher (a hybrid of SmolLM2-135M, WikiText: KL 0.265 against 0.357).
 register_recipe(Recipe(name="recommended", transfer=Stage(steps=200), finetune=Finetune(steps=250), mixing="equal"))
 
-# 51K tokens in all: some four minutes for SmolLM2-135M on two CPU cores, in 6 GB. Single sequences teach more than
-# half as many pairs, and leave no step for a warm-up. For the layers' attention 512 tokens are as good as 1,024; for
-# the logits they are not (KL beyond the window, from 20K tokens: 0.238 with 1,024 tokens, 0.244 with 512).
+# 51K tokens in all: some four minutes for a hybrid of SmolLM2-135M on two CPU cores, in 6 GB. Single sequences teach
+# more than half as many pairs, and leave no step for a warm-up. For the layers' attention 512 tokens are as good as
+# 1,024; for the logits they are not (KL beyond the window, from 20K tokens: 0.238 with 1,024 tokens, 0.244 with 512).
 register_recipe(
     Recipe(
         name="demo",

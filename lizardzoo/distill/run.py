@@ -7,11 +7,13 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
+from tqdm.auto import tqdm
 
 from lizardzoo.adapters.base import is_new_parameter
 from lizardzoo.distill.data import fingerprint, load_data
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 FOLDERS = {"transfer": "transfer", "finetune": "final"}
 """Stages in their order, and where each one's model is saved."""
 MANIFEST = "recipe.json"
+NOTHING_TO_TRANSFER = "the mixers have no parameters of their own, so the stage transfer has nothing to train"
 
 
 def run(
@@ -37,7 +40,7 @@ def run(
     teacher: Any,
     folder: Path,
     resume: bool,
-    stages: Sequence[str],
+    stages: Sequence[str] | None,
     progress: bool,
     gradient_checkpointing: bool,
     micro_batch_size: int | None,
@@ -46,8 +49,9 @@ def run(
 ) -> Any:
     """See `lizardzoo.distill`."""
     _check_packages()
-    stages = _check_stages(stages)
-    _check_student(model, stages)
+    _check_student(model)
+    left_out = stages is None and not _learns(model)
+    stages = _check_stages(stages, model)
     if shard:
         check_shard(model)
     _check_folder(folder, resume)
@@ -80,6 +84,8 @@ def run(
         _write_manifest(folder, manifest)
     processes.wait_for_everyone()
 
+    if left_out and progress and processes.is_main_process:
+        tqdm.write(f"{NOTHING_TO_TRANSFER}: it is left out", file=sys.stderr)
     with progress_bars(progress):
         if finished:
             _load_weights(model, folder / FOLDERS[finished[-1]])
@@ -114,24 +120,29 @@ def _check_packages() -> None:
         raise LizardzooError(f"training needs the package {missing[0]}; pip install 'lizardzoo[train]'")
 
 
-def _check_stages(stages: Sequence[str]) -> list[str]:
+def _check_stages(stages: Sequence[str] | None, model: Any) -> list[str]:
+    """The stages to run, in their order; None: those in which something trains."""
+    if stages is None:
+        stages = list(FOLDERS) if _learns(model) else ["finetune"]
     if isinstance(stages, str) or not stages or not set(stages) <= set(FOLDERS):
         raise LizardzooError(
             f"stages={stages!r}: expected a list of {' and '.join(map(repr, FOLDERS))}, or one of them"
         )
+    if "transfer" in stages and not _learns(model):
+        raise LizardzooError(f'{NOTHING_TO_TRANSFER}; pass stages=["finetune"], or leave stages out')
     return [name for name in FOLDERS if name in stages]
 
 
-def _check_student(model: Any, stages: Sequence[str]) -> None:
+def _learns(model: Any) -> bool:
+    """Whether there is anything to train in stage 1."""
+    return any(is_new_parameter(name) for name, _ in model.named_parameters())
+
+
+def _check_student(model: Any) -> None:
     if not hasattr(model, "mixers"):
         raise LizardzooError(f"a {type(model).__name__} is not linearized; make a student with lizardzoo.linearize")
     if not model.mixers():
         raise LizardzooError("every layer keeps its softmax attention: there is nothing to distil; choose other layers")
-    if "transfer" in stages and not any(is_new_parameter(name) for name, _ in model.named_parameters()):
-        raise LizardzooError(
-            "the mixers have no parameters of their own, so the stage transfer has nothing to train; "
-            'pass stages=["finetune"]'
-        )
 
 
 def _check_folder(folder: Path, resume: bool) -> None:
@@ -198,12 +209,16 @@ def _load_teacher(teacher: Any, model: Any) -> Any:
 
 
 def _manifest(model: Any, recipe: Recipe, datasets: Mapping[str, Dataset], teacher: Any) -> dict[str, Any]:
-    """What a run depends on; all of it must be the same to resume it exactly."""
+    """What a run depends on; all of it must be the same to resume it exactly.
+
+    "left out" follows from the model alone, not from the stages that were asked for: a resumed run has the same.
+    """
     return {
         "recipe": recipe.to_dict(),
         "data": {name: fingerprint(dataset) for name, dataset in datasets.items()},
         "model": {"layers": model.config.layers, "weights": _weights_fingerprint(model)},
         "teacher": "its own base" if teacher is None else _weights_fingerprint(teacher),
+        **({} if _learns(model) else {"left out": {"transfer": NOTHING_TO_TRANSFER}}),
     }
 
 

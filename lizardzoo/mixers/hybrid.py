@@ -27,7 +27,7 @@ LOG_SCALE_START = -2.0
 @register_mixer("hybrid")
 @dataclass(frozen=True)
 class Hybrid(LinearFields, WindowFields):
-    """A window for what is near, gated linear attention for what is far. The defaults are the recommended hybrid.
+    """A window for what is near, gated linear attention for what is far. The defaults are the preset `hybrid`.
 
     After Lizard (arXiv:2507.09025, section 3) and LoLCATs (arXiv:2410.10254). Beside its own fields it has those of
     `WindowFields` and `LinearFields`.

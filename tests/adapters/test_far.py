@@ -1,5 +1,7 @@
 """Beyond the teacher's positions kept tokens are brought near: what a text's length may and may not change."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -109,7 +111,7 @@ def test_a_long_text_in_pieces_is_the_whole(teacher, name, data):
     for cache in (None, StaticCache(config=student.config, max_cache_len=length)):
         pieces = []
         with torch.no_grad():
-            for start, stop in zip(bounds, bounds[1:]):
+            for start, stop in pairwise(bounds):
                 given = {} if cache is None else {CACHE_KEYWORD: cache}
                 out = student(ids[:, start:stop], use_cache=True, **given)
                 cache = out[CACHE_KEYWORD]

@@ -17,7 +17,7 @@ LENGTH = 48
 @pytest.fixture(scope="session")
 def layers():
     """Layer 1 keeps its softmax."""
-    hybrid = dataclasses.replace(PRESETS.get("recommended"), window=8)
+    hybrid = dataclasses.replace(PRESETS.get("hybrid"), window=8)
     return [hybrid, lz.Softmax(), hybrid]
 
 

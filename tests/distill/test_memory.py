@@ -33,7 +33,7 @@ def test_weights_and_optimizer_are_counted(tiny_llama, layers, recipe):
 def test_only_the_second_stage_takes_more_activations_for_more_layers_and_both_for_more_tokens(tiny_llama, recipe):
     def activations(depth, batch):
         tiny_llama.config.num_hidden_layers = depth
-        student = empty_student(tiny_llama.config, "recommended", torch.bfloat16)
+        student = empty_student(tiny_llama.config, "hybrid", torch.bfloat16)
         rows = training_memory(student, recipe, batch)
         gradients.append(rows[0].learning // 4)
         return [row.activations for row in rows]

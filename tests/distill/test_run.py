@@ -210,18 +210,62 @@ def test_wrong_arguments_get_one_sentence_and_write_nothing(changes, words, trai
     assert not train.folder.exists()
 
 
-def test_models_that_cannot_be_distilled_are_refused(train, tiny_llama, recipe, pictures):
+def test_models_that_cannot_be_distilled_are_refused(train, tiny_llama):
     with pytest.raises(LizardzooError, match=r"a LlamaForCausalLM is not linearized; make a student with"):
         train(tiny_llama)
     with pytest.raises(LizardzooError, match="every layer keeps its softmax attention"):
         train(lz.linearize(tiny_llama, "softmax"))
-    bare = lz.linearize(tiny_llama, lz.Window(window=8, keep=2))
-    with pytest.raises(LizardzooError, match=r'have no parameters of their own.*pass stages=\["finetune"\]'):
-        train(bare)
     assert not train.folder.exists()
-    train(bare, stages=["finetune"])
-    assert len(train.log("finetune")) == 6
-    assert not (train.folder / "layer_error.png").exists()
+
+
+WITHOUT_PARAMETERS = [lz.Window(window=8, keep=2), lz.Heavy(window=8, keep=1, heavy=8)]
+
+
+@pytest.mark.parametrize("spec", WITHOUT_PARAMETERS, ids=lambda spec: spec.type_name)
+def test_mixers_without_parameters_go_straight_to_stage_2_and_it_is_said(spec, train, tiny_llama, capfd, pictures):
+    bare = lz.linearize(tiny_llama, spec)
+    for stages in (["transfer"], ["transfer", "finetune"]):
+        with pytest.raises(LizardzooError, match=r'transfer has nothing to train; pass stages=\["finetune"\]'):
+            train(bare, stages=stages)
+    assert not train.folder.exists()
+    train(bare, progress=True)
+    said = "the mixers have no parameters of their own, so the stage transfer has nothing to train"
+    assert f"{said}: it is left out\n" in capfd.readouterr().err
+    assert json.loads((train.folder / "recipe.json").read_text())["left out"] == {"transfer": said}
+    assert {path.name for path in train.folder.iterdir()} == {"final", "log.jsonl", "loss.png", "recipe.json"}
+    assert (len(train.log("transfer")), len(train.log("finetune"))) == (0, 6)
+    quiet = train(lz.linearize(tiny_llama, spec), output_dir=train.folder.with_name("quiet"))
+    assert capfd.readouterr() == ("", "")
+    asked = train(lz.linearize(tiny_llama, spec), output_dir=train.folder.with_name("asked"), stages=["finetune"])
+    for a, b, c in zip(bare.parameters(), quiet.parameters(), asked.parameters(), strict=True):
+        assert torch.equal(a, b) and torch.equal(a, c)
+
+
+@pytest.mark.parametrize("stages", [None, ["finetune"]])
+def test_a_resumed_run_leaves_out_what_the_first_one_did(stages, train, at_step, tiny_llama, tmp_path, monkeypatch):
+    spec = WITHOUT_PARAMETERS[1]
+    whole = train(lz.linearize(tiny_llama, spec), output_dir=tmp_path / "whole", checkpoint_every=2)
+    with monkeypatch.context():
+        at_step("finetune", 4, interrupt)
+        with pytest.raises(Interrupted):
+            train(lz.linearize(tiny_llama, spec), checkpoint_every=2, stages=stages)
+        monkeypatch.undo()
+    resumed = train(lz.linearize(tiny_llama, spec), checkpoint_every=2, resume=True)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
+    before = contents(tmp_path / "whole")
+    assert contents(train.folder) == before
+    train(lz.linearize(tiny_llama, spec), resume=True)  # all is done
+    assert contents(train.folder) == before
+
+
+def test_one_layer_with_parameters_is_enough_for_both_stages(train, tiny_llama, layers):
+    mixed = train(lz.linearize(tiny_llama, [WITHOUT_PARAMETERS[1], layers[0], WITHOUT_PARAMETERS[0]]))
+    assert (len(train.log("transfer")), len(train.log("finetune"))) == (10, 6)
+    errors = [entry["layer_error"] for entry in train.log("transfer")]
+    assert all(entry.keys() == {"0", "1", "2"} for entry in errors)
+    assert errors[-1]["1"] < 0.8 * errors[0]["1"]
+    assert "left out" not in json.loads((train.folder / "recipe.json").read_text())
+    assert (train.folder / "transfer").is_dir() and mixed.config.specs[1] == layers[0]
 
 
 def test_a_teacher_with_another_vocabulary_is_refused(train, tiny_llama):

@@ -104,7 +104,7 @@ def test_what_has_moved_since_goes_whole(final: Path, tmp_path: Path) -> None:
 
 
 def test_a_bf16_student_of_an_fp32_base_is_as_small(final: Path, tmp_path: Path) -> None:
-    model = lz.linearize("org/base", ["recommended", "softmax", "window"], dtype=torch.bfloat16)
+    model = lz.linearize("org/base", ["hybrid", "softmax", "window"], dtype=torch.bfloat16)
     lora = with_lora(model, Finetune(steps=1, lora_rank=3, lora_alpha=7.0))  # no power of two
     for name, parameter in model.named_parameters():
         if "lora_" in name:

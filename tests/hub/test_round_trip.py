@@ -18,7 +18,7 @@ from tests.adapters.families import FAMILIES, teacher
 from tests.hub.server import LoopbackHub
 
 IDS = torch.arange(3, 43)[None] % 50
-MIXED = ["recommended", "softmax", lz.GatedLinear()]
+MIXED = ["hybrid", "softmax", lz.GatedLinear()]
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from lizardzoo.hub import push_folder
 from tests.adapters.families import FAMILIES, teacher
 from tests.hub.server import LoopbackHub
 
-LAYERS = ["recommended", "softmax", "gated-linear"]
+LAYERS = ["hybrid", "softmax", "gated-linear"]
 WAYS = {"lizardzoo": lz.from_pretrained, "transformers": AutoModelForCausalLM.from_pretrained}
 
 
