@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lizardzoo.kernels.window.triton import LOG2E, _dot, _first, _length, _load
+from lizardzoo.kernels.window.triton import LOG2E, _dot, _first, _length, _load, _query_rows
 
 NOTHING = tl.constexpr(-1)
 UNROLLED = tl.constexpr(8)  # loads that are under way at once
@@ -62,11 +62,13 @@ def drawn_kernel(
     stop = tl.minimum(tile * N + N - 1, length)
     visible = tl.where(there, slot, NOWHERE)
     for row0 in range(start * G, stop * G, M):
-        rows = row0 + tl.arange(0, M)
-        i, heads = rows // G, head * G + rows % G
+        i0, behind, g = _query_rows(G, M, row0)
+        i = i0 + behind
         real = i < stop
-        q = _load(Q + b * sqb, i.to(tl.int64) * sqt + heads * sqh, real, DK, BLOCK_DK)
-        log_mass = tl.load(LOG_MASS + (b * count + i) * (HKV * G) + heads, mask=real, other=0.0)
+        q0 = Q + b * sqb + i0.to(tl.int64) * sqt + head.to(tl.int64) * G * sqh
+        q = _load(q0, behind.to(tl.int64) * sqt + g.to(tl.int64) * sqh, real, DK, BLOCK_DK)
+        log_mass0 = LOG_MASS + (b * count + i0) * (HKV * G) + head * G
+        log_mass = tl.load(log_mass0 + behind * (HKV * G) + g, mask=real, other=0.0)
         # Two comparisons a weight, no more: they and the exponential are what this kernel's time goes to.
         oldest = tl.maximum(_first(FIRST, b, i, count, DOCUMENTS), i - window + 1)
         newest = tl.where(real, i - young, NOWHERE)

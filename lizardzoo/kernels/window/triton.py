@@ -62,6 +62,20 @@ def _length(LENGTHS, b, count):
 
 
 @triton.jit
+def _query_rows(G: tl.constexpr, M: tl.constexpr, row0):
+    """Of the M query rows from row0 on: the first one's token, each one's token behind that, each one's group.
+
+    Where row0 is a multiple of a G that divides M, the last two are the same in every round of a loop.
+    """
+    r = tl.arange(0, M)
+    first = row0 // G
+    if M % G == 0:
+        return first, r // G, r % G
+    else:
+        return first, (row0 + r) // G - first, (row0 + r) % G
+
+
+@triton.jit
 def _attend(peak, mass, acc, scores, visible, v):
     """One tile of online softmax; `peak` and `scores` in units of log 2."""
     scores = tl.where(visible, scores, float("-inf"))
