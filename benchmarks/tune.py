@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
-from contenders import SHAPES, Inputs, Maker, draw, window
+from contenders import SHAPES, Inputs, Maker, draw, heavy, window
 from measure import relative_error, timed
 from torch import Tensor
 
@@ -43,14 +43,20 @@ class Target(NamedTuple):
 
 def targets() -> dict[str, dict[str, Target]]:
     """By op and kernel."""
+    from lizardzoo.kernels.heavy import ops as heavy_ops
     from lizardzoo.kernels.window import ops as window_ops
 
     tiles = ((32, 64, 128), (32, 64, 128), (4, 8), (2, 3))  # query rows, keys, warps, stages
+    ops: dict[str, tuple[Any, Maker]] = {
+        "window": (window_ops, lambda i: window(i, "triton")),
+        "heavy": (heavy_ops, lambda i: heavy(i, "triton")),  # with the window, whose tables stay
+    }
     return {
-        "window": {
-            kernel: Target(table, lambda i: window(i, "triton"), kernel != "forward", tiles)
-            for kernel, table in window_ops.TILES.items()
+        op: {
+            kernel: Target(table, maker, kernel not in ("forward", "drawn"), tiles)
+            for kernel, table in module.TILES.items()
         }
+        for op, (module, maker) in ops.items()
     }
 
 
@@ -96,7 +102,7 @@ def runner(target: Target, inputs: Inputs) -> Callable[[], Sequence[Tensor]]:
 def main() -> None:
     """Tune the tables of an op at a shape."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("op", choices=("window",))
+    parser.add_argument("op", choices=("window", "heavy"))
     parser.add_argument("--kernel", action="append", help="default: all of the op")
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--batch", type=int, default=8)

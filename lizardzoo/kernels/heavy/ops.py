@@ -92,7 +92,7 @@ def choose(q, k, log_mass, before, past, first, lengths, window, keep, heavy, of
     keys, places = integers(shape, dtype=whole), integers(shape)
     launch(
         choice.sort_kernel, (lines * (chunks + 1),), (stream, past, keys, places),
-        (count, heavy), {"C": CHUNK}, num_warps=8,
+        (count, heavy), {"C": CHUNK}, num_warps=4,
     )  # fmt: skip
     tile, reach = 16 if INTERPRETED else min(128, power_of_2(heavy)), 1
     other_keys, other_places = integers(shape, dtype=whole), integers(shape)
@@ -108,7 +108,7 @@ def choose(q, k, log_mass, before, past, first, lengths, window, keep, heavy, of
     launch(
         choice.until_kernel, (lines * chunks * _cdiv(heavy + CHUNK, tile),),
         (stream, keys, first, until, following), (count, heavy),
-        {"HKV": kv_heads, "DOCUMENTS": documents, "C": CHUNK, "J": tile}, num_warps=4,
+        {"HKV": kv_heads, "DOCUMENTS": documents, "C": CHUNK, "J": tile}, num_warps=1,
     )  # fmt: skip
     return keys, places, until, following, drawn
 

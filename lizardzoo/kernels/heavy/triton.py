@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lizardzoo.kernels.window.triton import LOG2E, _attend, _dot, _length, _load, _score_gradient, _store
+from lizardzoo.kernels.window.triton import LOG2E, _attend, _dot, _length, _load, _query_rows, _score_gradient, _store
 
 SIZES = ["count", "heavy", "shift", "total"]
 
@@ -153,20 +153,23 @@ def candidate_gradient_kernel(
     dv = tl.zeros([N, BLOCK_DV], tl.float32)
     start = tl.min(tl.where(there, since, C), 0)
     stop = tl.minimum(tl.max(tl.where(there, until, 0), 0), _length(LENGTHS, b, count) - chunk * C)
+    until = tl.minimum(until, stop)
     for row0 in range(start * G, stop * G, M):
-        rows = row0 + tl.arange(0, M)
-        time, heads = rows // G, head * G + rows % G
-        i, real = chunk * C + time, time < stop
-        place_q = (b * count + i) * (HKV * G) + heads
-        q = _load(Q + b * sqb, i.to(tl.int64) * sqt + heads * sqh, real, DK, BLOCK_DK)
-        dy = _load(DY, place_q * DV, real, DV, BLOCK_DV)
-        log_mass = _log_mass(LOG_MASS, place_q, real)
-        delta = tl.load(DELTA + place_q, mask=real, other=0.0)
-        visible = (time[None, :] >= since[:, None]) & (time[None, :] < until[:, None]) & real[None, :]
-        weights = tl.exp2(_dot(k, tl.trans(q)) * (scale * LOG2E) - log_mass[None, :] * LOG2E)
-        weights = tl.where(visible, weights, 0.0)
+        time0, behind, g = _query_rows(G, M, row0)
+        time = time0 + behind
+        real = time < stop
+        q0 = Q + b * sqb + (chunk * C + time0).to(tl.int64) * sqt + head * G * sqh
+        q = _load(q0, behind.to(tl.int64) * sqt + g.to(tl.int64) * sqh, real, DK, BLOCK_DK)
+        place0, place_q = (b * count + chunk * C + time0) * (HKV * G) + head * G, behind * (HKV * G) + g
+        dy = _load(DY + place0 * DV, place_q * DV, real, DV, BLOCK_DV)
+        log_mass = tl.load(LOG_MASS + place0 + place_q, mask=real)
+        delta = tl.load(DELTA + place0 + place_q, mask=real, other=0.0)
+        # What is not visible gets a score and not a weight of its own: one mask, which registers do not have to hold.
+        visible = (time[None, :] >= since[:, None]) & (time[None, :] < until[:, None])
+        scores = _dot(k, tl.trans(q)) * (scale * LOG2E) - (log_mass * LOG2E)[None, :]
+        weights = tl.exp2(tl.where(visible, scores, float("-inf")))
         dv += _dot(weights.to(dy.dtype), dy)
-        gradient = tl.where(visible, weights * (_dot(v, tl.trans(dy)) - delta[None, :]), 0.0)
+        gradient = weights * (_dot(v, tl.trans(dy)) - delta[None, :])
         dk += _dot(gradient.to(q.dtype), q)
     at = (line * chunks + chunk) * (heavy + C) + j
     _store(PART_K, at * DK, dk * scale, j < heavy + C, DK, BLOCK_DK)

@@ -15,9 +15,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from lizardzoo.kernels.window.triton import LOG2E, _dot, _first, _length, _load
+from lizardzoo.kernels.window.triton import LOG2E, _dot, _first, _length, _load, _query_rows
 
 NOTHING = tl.constexpr(-1)
+UNROLLED = tl.constexpr(8)  # loads that are under way at once
+NOWHERE = tl.constexpr(-(2**30))
 
 
 @triton.jit
@@ -58,16 +60,20 @@ def drawn_kernel(
     young = tl.maximum(window // 8, 1)
     start = tl.maximum(tile * N - window + young, 0)
     stop = tl.minimum(tile * N + N - 1, length)
+    visible = tl.where(there, slot, NOWHERE)
     for row0 in range(start * G, stop * G, M):
-        rows = row0 + tl.arange(0, M)
-        i, heads = rows // G, head * G + rows % G
+        i0, behind, g = _query_rows(G, M, row0)
+        i = i0 + behind
         real = i < stop
-        q = _load(Q + b * sqb, i.to(tl.int64) * sqt + heads * sqh, real, DK, BLOCK_DK)
-        log_mass = tl.load(LOG_MASS + (b * count + i) * (HKV * G) + heads, mask=real, other=0.0)
-        first = _first(FIRST, b, i, count, DOCUMENTS)
-        age = i[None, :] - slot[:, None]
-        counts = (age >= young) & (age < window) & (slot[:, None] >= first[None, :]) & there[:, None] & real[None, :]
-        weights = tl.exp2((_dot(k, tl.trans(q)) * scale - log_mass[None, :]) * (2 * LOG2E))
+        q0 = Q + b * sqb + i0.to(tl.int64) * sqt + head.to(tl.int64) * G * sqh
+        q = _load(q0, behind.to(tl.int64) * sqt + g.to(tl.int64) * sqh, real, DK, BLOCK_DK)
+        log_mass0 = LOG_MASS + (b * count + i0) * (HKV * G) + head * G
+        log_mass = tl.load(log_mass0 + behind * (HKV * G) + g, mask=real, other=0.0)
+        # Two comparisons a weight, no more: they and the exponential are what this kernel's time goes to.
+        oldest = tl.maximum(_first(FIRST, b, i, count, DOCUMENTS), i - window + 1)
+        newest = tl.where(real, i - young, NOWHERE)
+        counts = (visible[:, None] >= oldest[None, :]) & (visible[:, None] <= newest[None, :])
+        weights = tl.exp2(_dot(k, tl.trans(q)) * (scale * (2 * LOG2E)) - (log_mass * (2 * LOG2E))[None, :])
         drawn += tl.sum(tl.where(counts, weights, 0.0), 1)
 
     first = _first(FIRST, b, joins, count, DOCUMENTS)
@@ -79,6 +85,18 @@ def drawn_kernel(
     tl.store(KEYS + (b * HKV + head) * count + joins, tl.where(leaves, key, NOTHING), mask=joins < count)
     if DRAWN is not None:
         tl.store(DRAWN + (b * total + joins) * HKV + head, drawn, mask=joins < total)
+
+
+@triton.jit
+def _of_stream(stream, slot, count):
+    """The key at one slot."""
+    return tl.load(stream + slot, mask=slot < count, other=NOTHING)
+
+
+@triton.jit
+def _beats(other, time, key, own):
+    """Whether a token that joins at `time` of its chunk beats those that joined at `own` (below 0: before it)."""
+    return (other > key) | ((other == key) & (time > own))
 
 
 @triton.jit(do_not_specialize=["count", "heavy"])
@@ -99,9 +117,11 @@ def sort_kernel(KEYS, PAST, LIST_KEYS, LIST_PLACES, count, heavy, C: tl.constexp
     else:
         t = (n - 1) * C + j
         key = tl.load(KEYS + line * count + t, mask=t < count, other=NOTHING)
-        later = j[None, :] > j[:, None]
-        beaten = (key[None, :] > key[:, None]) | ((key[None, :] == key[:, None]) & later)
-        place = tl.sum(beaten.to(tl.int32), 1)
+        place = tl.zeros([C], tl.int32)
+        for t0 in range(0, C, UNROLLED):
+            for u in tl.static_range(UNROLLED):
+                other = _of_stream(KEYS + line * count, (n - 1) * C + t0 + u, count)
+                place += _beats(other, t0 + u, key, j).to(tl.int32)
         tl.store(LIST_KEYS + at + place, key, mask=place < heavy)
         tl.store(LIST_PLACES + at + place, tl.where(key >= 0, heavy + t, NOTHING), mask=place < heavy)
         for j0 in range(C, heavy, C):
@@ -173,16 +193,18 @@ def until_kernel(
     key = tl.where(own < 0, old, tl.load(stream + slot, mask=is_own, other=NOTHING))
     beaten = tl.where(own < 0, j, _beaten(held, key, is_own, heavy, False))
 
-    t = tl.arange(0, C)
-    new = tl.load(stream + n * C + t, mask=n * C + t < count, other=NOTHING)
-    beats = (new[None, :] > key[:, None]) | ((new[None, :] == key[:, None]) & (t[None, :] > own[:, None]))
-    count_of = tl.cumsum(beats.to(tl.int32), 1) + beaten[:, None]
-    until = tl.sum((count_of < heavy).to(tl.int32), 1)
-    after = beaten + tl.sum(beats.to(tl.int32), 1)
+    until = tl.zeros([J], tl.int32)
+    same = tl.zeros([J], tl.int32)
+    for t0 in range(0, C, UNROLLED):  # one after the other: no sums or scans over threads
+        for u in tl.static_range(UNROLLED):
+            t = n * C + t0 + u
+            beaten += _beats(_of_stream(stream, t, count), t0 + u, key, own).to(tl.int32)
+            until += (beaten < heavy).to(tl.int32)
+            if DOCUMENTS:
+                document = _document(_first(FIRST, line // HKV, t, count, DOCUMENTS)).to(tl.int64)
+                same += ((document <= (key >> 32)) & (t < count)).to(tl.int32)
     if DOCUMENTS:  # what is held of an earlier document is seen up to the beginning of the next
-        first = _first(FIRST, line // HKV, n * C + t, count, DOCUMENTS)
-        same = (_document(first).to(tl.int64)[None, :] <= (key >> 32)[:, None]) & (n * C + t < count)[None, :]
-        until = tl.minimum(until, tl.sum(same.to(tl.int32), 1))
+        until = tl.minimum(until, same)
     place = (line * chunks + n) * (heavy + C) + j
     tl.store(UNTIL + place, tl.where(key >= 0, until, 0), mask=j < heavy + C)
-    tl.store(NEXT + place, tl.where((key >= 0) & (after < heavy), after, NOTHING), mask=j < heavy + C)
+    tl.store(NEXT + place, tl.where((key >= 0) & (beaten < heavy), beaten, NOTHING), mask=j < heavy + C)

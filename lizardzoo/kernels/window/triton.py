@@ -18,6 +18,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 NO_DOCUMENT = tl.constexpr(-(2**31))
+NOWHERE = tl.constexpr(-(2**30))  # a slot that no query sees
 SIZES = ["count", "window", "keep", "offset"]  # a new length, window or state never recompiles
 
 
@@ -59,6 +60,20 @@ def _length(LENGTHS, b, count):
     if LENGTHS is not None:
         length = tl.load(LENGTHS + b)
     return length
+
+
+@triton.jit
+def _query_rows(G: tl.constexpr, M: tl.constexpr, row0):
+    """Of the M query rows from row0 on: the first one's token, each one's token behind that, each one's group.
+
+    Where row0 is a multiple of a G that divides M, the last two are the same in every round of a loop.
+    """
+    r = tl.arange(0, M)
+    first = row0 // G
+    if M % G == 0:
+        return first, r // G, r % G
+    else:
+        return first, (row0 + r) // G - first, (row0 + r) % G
 
 
 @triton.jit
@@ -156,12 +171,13 @@ def _add_key_gradients(dk, dv, k, v, q, dy, log_mass, delta, visible, scale):
     """Add what query rows give to keys; dk still lacks its factor `scale`.
 
     Scores are computed with keys as rows: a transposed fp32 accumulator as the operand of a product is miscompiled on
-    Hopper by Triton 3.4 to 3.7.0 (flash-linear-attention issue 640).
+    Hopper by Triton 3.4 to 3.7.0 (flash-linear-attention issue 640). They alone are masked: a second mask, for the
+    gradient, would have to wait in registers and be unpacked again. So v and dy must be numbers where nothing is seen.
     """
-    weights = tl.exp2(_dot(k, tl.trans(q)) * (scale * LOG2E) - log_mass[None, :] * LOG2E)
-    weights = tl.where(visible, weights, 0.0)
+    scores = _dot(k, tl.trans(q)) * (scale * LOG2E) - (log_mass * LOG2E)[None, :]
+    weights = tl.exp2(tl.where(visible, scores, float("-inf")))
     dv += _dot(weights.to(dy.dtype), dy)
-    gradient = tl.where(visible, weights * (_dot(v, tl.trans(dy)) - delta[None, :]), 0.0)
+    gradient = weights * (_dot(v, tl.trans(dy)) - delta[None, :])
     dk += _dot(gradient.to(q.dtype), q)
     return dk, dv
 
@@ -273,26 +289,28 @@ def sum_parts_kernel(PARTS, SUMS, tiles, width, TILES: tl.constexpr, BLOCK: tl.c
 
 @triton.jit
 def _key_gradients(
-    dk, dv, k, v, row0, stop, kept_stop, slot, in_window, may_keep, Q, FIRST, LOG_MASS, DY, DELTA, b, head, count,
-    window, keep, scale, sqb, sqt, sqh, HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
-    BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr, DOCUMENTS: tl.constexpr, KEEP: tl.constexpr, M: tl.constexpr,
+    dk, dv, k, v, row0, stop, slot, Q, FIRST, LOG_MASS, DY, DELTA, b, head, count, window, keep, scale, sqb, sqt, sqh,
+    HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
+    BLOCK_DV: tl.constexpr, DOCUMENTS: tl.constexpr, KEPT: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Add what one tile of M query rows gives to the keys at `slot`."""
-    rows = row0 + tl.arange(0, M)
-    i, heads = rows // G, head * G + rows % G
+    """Add what one tile of M query rows gives to the keys at `slot`, which are in its window, or kept and behind it."""
+    i0, behind, g = _query_rows(G, M, row0)
+    i = i0 + behind
     real = i < stop
-    place = (b * count + i) * (HKV * G) + heads
-    q = _load(Q + b * sqb, i.to(tl.int64) * sqt + heads * sqh, real, DK, BLOCK_DK)
-    dy = _load(DY, place * DV, real, DV, BLOCK_DV)
-    log_mass = tl.load(LOG_MASS + place, mask=real, other=0.0)
-    delta = tl.load(DELTA + place, mask=real, other=0.0)
-    first = _first(FIRST, b, i, count, DOCUMENTS)
-    distance = i[None, :] - slot[:, None]
-    visible = in_window[:, None] & (distance < window)
-    if KEEP:
-        late = (distance >= window) & (i < kept_stop)[None, :]
-        visible = visible | (may_keep[:, None] & late & (slot[:, None] - first[None, :] < keep))
-    visible = visible & (distance >= 0) & (slot[:, None] >= first[None, :]) & real[None, :]
+    q0 = Q + b * sqb + i0.to(tl.int64) * sqt + head.to(tl.int64) * G * sqh
+    q = _load(q0, behind.to(tl.int64) * sqt + g.to(tl.int64) * sqh, real, DK, BLOCK_DK)
+    place0, place = (b * count + i0) * (HKV * G) + head * G, behind * (HKV * G) + g
+    dy = _load(DY + place0 * DV, place * DV, real, DV, BLOCK_DV)
+    log_mass = tl.load(LOG_MASS + place0 + place, mask=real)
+    delta = tl.load(DELTA + place0 + place, mask=real, other=0.0)
+    oldest = _first(FIRST, b, i, count, DOCUMENTS)
+    newest = i
+    if KEPT:
+        newest = tl.minimum(i - window, oldest + keep - 1)
+    else:
+        oldest = tl.maximum(oldest, i - window + 1)
+    newest = tl.where(real, newest, NOWHERE)
+    visible = (slot[:, None] >= oldest[None, :]) & (slot[:, None] <= newest[None, :])
     return _add_key_gradients(dk, dv, k, v, q, dy, log_mass, delta, visible, scale)
 
 
@@ -314,22 +332,32 @@ def key_gradient_kernel(
     in_window = key >= tl.where(offset > 0, keep, 0)  # before them the state's kept tokens
     slot = tl.where(in_window, key - offset, _first(FIRST, b, 0, count, DOCUMENTS) + key)
     may_keep = in_window == (slot >= 0)  # the ring's tokens have their copies among the kept ones
-    last = tl.maximum(tile * N + N - 1 - offset, 0)
-    stop = tl.minimum(last + window, length)
+    start, last = tl.maximum(tile * N - offset, 0), tl.maximum(tile * N + N - 1 - offset, 0)
     chunk = last // C
-    if KEEP:  # a block with kept tokens goes on to the end of its chunk, and adds what later chunks have summed
-        opened = _first(FIRST, b, tl.maximum(slot, 0), count, DOCUMENTS)
-        kept = tl.max((may_keep & (slot - opened < keep) & (slot < length)).to(tl.int32), 0) > 0
-        stop = tl.where(kept, tl.maximum(stop, tl.minimum(chunk * C + C, length)), stop)
     k = _load(K + b * skb + head * skh, key.to(tl.int64) * skt, key < total, DK, BLOCK_DK)
-    v = _load(V + b * svb + head * svh, key.to(tl.int64) * svt, key < total, DV, BLOCK_DV)
+    oldest = tl.maximum(_first(FIRST, b, 0, count, DOCUMENTS), tl.where(in_window, -window, NO_DOCUMENT))
+    there = (key < total) & (in_window | may_keep) & (slot >= oldest)  # a state's other slots may hold anything
+    v = _load(V + b * svb + head * svh, key.to(tl.int64) * svt, there, DV, BLOCK_DV)
     dk = tl.zeros([N, BLOCK_DK], tl.float32)
     dv = tl.zeros([N, BLOCK_DV], tl.float32)
-    for row0 in range(tl.maximum(tile * N - offset, 0) * G, stop * G, M):
+    near = tl.where(in_window, slot, NOWHERE)
+    stop = tl.minimum(last + window, length)
+    for row0 in range(start * G, stop * G, M):
         dk, dv = _key_gradients(
-            dk, dv, k, v, row0, stop, chunk * C + C, slot, in_window, may_keep, Q, FIRST, LOG_MASS, DY, DELTA, b, head,
-            count, window, keep, scale, sqb, sqt, sqh, HKV, G, DK, DV, BLOCK_DK, BLOCK_DV, DOCUMENTS, KEEP, M,
+            dk, dv, k, v, row0, stop, near, Q, FIRST, LOG_MASS, DY, DELTA, b, head, count, window, keep, scale, sqb,
+            sqt, sqh, HKV, G, DK, DV, BLOCK_DK, BLOCK_DV, DOCUMENTS, False, M,
         )  # fmt: skip
+    if KEEP:  # behind their windows, to the end of the chunk; what later chunks have summed is added below
+        opened = _first(FIRST, b, tl.maximum(slot, 0), count, DOCUMENTS)
+        kept = tl.max((may_keep & (slot - opened < keep) & (slot < length)).to(tl.int32), 0) > 0
+        start = tl.where(tile * N < tl.where(offset > 0, keep, 0), 0, start + window)
+        stop = tl.where(kept, tl.minimum(chunk * C + C, length), 0)
+        near = tl.where(may_keep, slot, NOWHERE)
+        for row0 in range(start * G, stop * G, M):
+            dk, dv = _key_gradients(
+                dk, dv, k, v, row0, stop, near, Q, FIRST, LOG_MASS, DY, DELTA, b, head, count, window, keep, scale, sqb,
+                sqt, sqh, HKV, G, DK, DV, BLOCK_DK, BLOCK_DV, DOCUMENTS, True, M,
+            )  # fmt: skip
     dk *= scale
     if KEEP:
         chunks = tl.cdiv(count, C) - 1
