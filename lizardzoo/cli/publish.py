@@ -11,7 +11,8 @@ import typer
 from rich.markup import escape
 
 from lizardzoo.cli.base import app, err, new_folder, out
-from lizardzoo.cli.models import Dtype, load_model, load_tokenizer
+from lizardzoo.cli.models import Dtype, is_linearized, load_config, load_model, load_tokenizer
+from lizardzoo.errors import LizardzooError
 from lizardzoo.hub import check_card, push_folder, write_card
 from lizardzoo.hub.card import README, is_by_hand
 from lizardzoo.hub.render import EVALUATION, RECIPE, shown_name
@@ -115,7 +116,7 @@ def difference(
     training = read_recipe(kept[RECIPE], folder)
     with new_folder(place) as made:
         with err.status(f"comparing {folder} with its base"):
-            load_model(str(folder), Dtype.auto, device="cpu").save_difference(made, base, base_revision)
+            _load_student(folder).save_difference(made, base, base_revision)
         if tokenizer:
             load_tokenizer(str(folder)).save_pretrained(made)
         told = None if results is None else results.raw
@@ -167,10 +168,17 @@ def push(
     out.print(done.url, soft_wrap=True, highlight=False, markup=False)
 
 
+def _load_student(folder: Path) -> Any:
+    config = load_config(str(folder))
+    if not is_linearized(config):
+        raise LizardzooError(f"{folder} holds a plain {config.model_type!r} model, not a linearized one")
+    return load_model(str(folder), Dtype.auto, device="cpu")
+
+
 def _as_difference(folder: Path, made: Path, base: str | None, revision: str | None) -> Path:
     """A copy of a folder in `made` whose weights are the difference; a card of ours says so, a person's stays."""
     files = published_files(folder)
-    model = load_model(str(folder), Dtype.auto, device="cpu")
+    model = _load_student(folder)
     place = made / folder.resolve().name  # by which a recipe.json tells the stages
     for path in files:
         if path.suffix != ".safetensors" and not path.name.endswith(".safetensors.index.json"):
