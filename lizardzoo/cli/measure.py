@@ -60,7 +60,10 @@ def eval_(
     ] = True,
     distances: Annotated[
         str | None,
-        typer.Option(help="Retrieval: facts put into the first text are asked for after 256,1024,... tokens."),
+        typer.Option(help="Retrieval: facts put into a text are asked for after 256,1024,... tokens."),
+    ] = None,
+    filler: Annotated[
+        Path | None, typer.Option(help="For --distances: put the facts into this text; by default into the first one.")
     ] = None,
     facts: Annotated[int, typer.Option(min=1, help="Facts in a text, for --distances; all are asked for.")] = 1,
     samples: Annotated[int, typer.Option(min=1, help="Texts at each distance.")] = 32,
@@ -100,10 +103,11 @@ def eval_(
     The bare window of equal state is what a linear branch has to beat.
     """
     named_texts = _labels([str(path) for path in texts or ()])
-    if not named_texts and tasks is None:
+    if not named_texts and tasks is None and distances is None:
         raise LizardzooError("there is nothing to measure; give --text FILE, --tasks NAMES or both")
-    if distances is not None and not named_texts:
-        raise LizardzooError("--distances needs a text to put the facts into; give --text FILE")
+    filler = filler or next(map(Path, named_texts.values()), None)
+    if distances is not None and filler is None:
+        raise LizardzooError("--distances needs a text to put the facts into; give --text FILE, or --filler FILE alone")
     asked = _counts("--distances", distances, "256,1024")
     shots = _counts("--few-shot", few_shot, "5, or 0,5", least=0)
     begun = time.monotonic()
@@ -113,7 +117,8 @@ def eval_(
         with _task_source(tasks, shots, few_shot_from, task_limit, batch_size) as source:
             loaded = {label: load_model(name, dtype, device) for label, name in _labels(models).items()}
             expected = None if teacher is None else load_model(teacher, dtype, device)
-            rows = _with_baselines(loaded, expected) if ids and baseline and expected is not None else loaded
+            beside = baseline and expected is not None and (ids or asked)
+            rows = _with_baselines(loaded, expected) if beside else loaded
             ablated = list(loaded) if ablate else False
             positions = {}
             for label, sequences in ids.items():
@@ -123,10 +128,10 @@ def eval_(
                         batch_size=batch_size, chunk_size=chunk_size, progress=progress,
                     )  # fmt: skip
             recall = None
-            if asked:
+            if asked and filler is not None:
                 with progress_bar("texts with facts", len(asked) * samples) as progress:
                     recall = evaluate.retrieval(
-                        rows, expected, tokenizer, Path(next(iter(named_texts.values()))), distances=asked,
+                        rows, expected, tokenizer, filler, distances=asked,
                         pairs=facts, samples=samples, ablate=ablated, chunk_size=chunk_size, progress=progress,
                     )  # fmt: skip
             scores = {}

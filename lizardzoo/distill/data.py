@@ -100,11 +100,9 @@ def names_of(source: Source) -> dict[str, str | None]:
     ]
     if isinstance(source, str) and not files:
         return {source: None} if HUB_NAME.fullmatch(source) else {}
+    files = list(dict.fromkeys(files))
     last = [file.name for file in files]
-    return {
-        file.name if last.count(file.name) == 1 else "/".join(file.parts[-2:]): file_hash(file)
-        for file in dict.fromkeys(files)
-    }
+    return {file.name if last.count(file.name) == 1 else "/".join(file.parts[-2:]): file_hash(file) for file in files}
 
 
 def fingerprint(dataset: Dataset) -> str:

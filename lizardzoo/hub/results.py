@@ -106,9 +106,19 @@ class Results:
         return [run for run in self.raw.get("runs") or () if isinstance(run, Mapping)]
 
     def measured_with(self) -> str:
-        """Versions and devices."""
-        runs = self.runs() or [{"versions": self.raw.get("versions") or {}}]
-        return "; ".join(dict.fromkeys(filter(None, (environment(run) for run in runs))))
+        """Versions and devices; what was measured in several goes alike is said once."""
+        runs: list[dict[str, Any]] = []
+        for run in self.runs() or [{"versions": self.raw.get("versions") or {}}]:
+            versions, device = dict(run.get("versions") or {}), run.get("device")
+            for known in runs:
+                if known["device"] == device and all(
+                    known["versions"].get(name, v) == v for name, v in versions.items()
+                ):
+                    known["versions"] |= versions
+                    break
+            else:
+                runs.append({"versions": versions, "device": device})
+        return "; ".join(filter(None, map(environment, runs)))
 
     def _name(self, row: Mapping[str, Any]) -> str:
         return f"**{plain(row['name'])}**" if row["name"] == self.row else plain(row["name"])
