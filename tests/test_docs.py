@@ -1,4 +1,4 @@
-"""The documentation is run: every Python block of README, CONTRIBUTING and docs/, in order, one namespace per file.
+"""The documentation is run: every Python block of README, CONTRIBUTING, docs/ and hub_cards/, one namespace per file.
 
 A block that cannot run here says why on the line above it: `<!-- not run: needs a Hub account -->`. Blocks
 run in a folder of their own that holds `corpus.txt`, a text of some 5,000 words. A quoted Hub name such as
@@ -30,7 +30,8 @@ import lizardzoo.testing
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+CARDS = sorted((ROOT / "hub_cards").rglob("*.md"))
+FILES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md")), *CARDS]
 BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 ANY_BLOCK = re.compile(r"(```|~~~) *(py|Py|\{ *\.?py)")
 NOT_RUN = re.compile(r"<!-- not run: \S.* -->")
@@ -96,8 +97,8 @@ def run(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             exec(compile("\n" * (block.line - 1) + block.code, path, "exec"), vars(module))
 
 
-ON_A_HUB = {DOCS / "howto" / "publish.md"}
-"""Run by tests/hub/test_publish_page.py."""
+ON_A_HUB = {DOCS / "howto" / "publish.md", *CARDS}
+"""Run by tests/hub/test_publish_page.py and test_hub_cards.py."""
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if blocks_of(path) and path not in ON_A_HUB], ids=name_of)

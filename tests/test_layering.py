@@ -20,7 +20,7 @@ MAX_LINES = 500
 # Room (a module or folder right under lizardzoo/) -> the rooms it may import, besides itself.
 GROUND = {"errors", "registry", "config"}
 MIXERS = GROUND | {"kernels", "mixers"}
-ADAPTERS = MIXERS | {"cache", "hub", "adapters"}
+ADAPTERS = MIXERS | {"cache", "hub", "smollm2", "adapters"}
 VERBS = {"linearize", "streaming", "distill", "evaluate", "diagnose", "selection"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
@@ -29,7 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "kernels": {"errors"},
     "mixers": MIXERS,
     "cache": MIXERS,
-    "hub": MIXERS,  # folders, files and cards; adapters lend their models what it knows
+    "hub": MIXERS | {"smollm2"},  # folders, files and cards; adapters lend their models what it knows
     "adapters": ADAPTERS,
     "linearize": ADAPTERS,
     "streaming": ADAPTERS | {"linearize"},

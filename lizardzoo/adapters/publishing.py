@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -13,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig, PreTrainedConfig
 
-from lizardzoo.adapters.bases import base_hash, load_base
+from lizardzoo.adapters.bases import base_hash, load_base, load_the_base, name_base
 from lizardzoo.adapters.fit import check_fit
 from lizardzoo.config import LINEARIZED
 from lizardzoo.errors import LizardzooError
 from lizardzoo.hub import Pushed, push_folder, write_card
-from lizardzoo.hub.difference import DIFFERENCE, Base, changed, difference_of, join, on_hub
+from lizardzoo.hub.difference import DIFFERENCE, Base, changed, difference_of, join
 from lizardzoo.hub.low_rank import LOW_RANK, LowRank, low_rank_shapes, pack, read, write_updates
 from lizardzoo.hub.stub import auto_map, write_stub
 from lizardzoo.hub.weights import check_object, find_file, pinned, tensor_shapes, weight_files, where
@@ -72,21 +73,19 @@ class Published:
 
         Args:
             save_directory: gets config.json, generation_config.json, the stub and difference.safetensors.
-            base: the Hub id of the model that this one was made from; `config.base_model_name_or_path` by default.
+            base: the model that this one was made from: its Hub id, or the folder that
+                `lizardzoo.smollm2.teacher_folder` made; `config.base_model_name_or_path` by default.
             revision: of the base, main by default; noted as the commit it is now, so that later ones change nothing.
             token: for a base that is not public.
 
         Raises:
-            LizardzooError: no base is known, or it is of another family, or no weight is its. Nothing is written then.
+            LizardzooError: no base is known, or none that others find, or it is of another family, or no weight is its.
+                Nothing is written then.
         """
-        name = base or getattr(self.config, "base_model_name_or_path", None)
-        if not on_hub(name):
-            raise LizardzooError(
-                f"a difference names its base by its id on the Hub, and this model was made from {name!r}; pass base="
-            )
-        commit = pinned(str(name), revision=revision, token=token)["revision"]
-        teacher = load_base(Base(str(name), commit, ""), self._base_type(), {"token": token})
-        found = Base(str(name), commit, base_hash(teacher))
+        place = base or getattr(self.config, "base_model_name_or_path", None)
+        named, source, look = name_base(place, revision, token)
+        teacher = load_base(source, self._base_type(), look)
+        found = replace(named, sha256=base_hash(teacher))
         config = copy.deepcopy(self.config)
         setattr(config, DIFFERENCE, found.to_dict())
         difference_of(config)  # a revision that could not be loaded again is refused
@@ -94,12 +93,13 @@ class Published:
         whole, updates = changed(weights, teacher.state_dict(), self.low_rank_updates)
         if not weights.keys() - whole.keys():
             raise LizardzooError(
-                f"not one weight of this model is that of {name} at {commit[:12]}, so a difference would hold all of "
-                f"it; name the base and the revision that it was made from, or publish the whole model"
+                f"not one weight of this model is that of {found}, so a difference would hold all of it; name the base "
+                f"and the revision that it was made from, or publish the whole model"
             )
         factors, metadata = pack(updates)
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
+        config.base_model_name_or_path = found.name  # not a folder of this machine
         config.dtype = str(self.dtype).removeprefix("torch.")  # type: ignore[attr-defined]
         config.architectures = [type(self).__name__]
         config.auto_map = auto_map(*self.published_classes)
@@ -136,7 +136,7 @@ class Published:
             repo_id: "me/name"; made if it is not there.
             tokenizer: travels along.
             difference: publish only what differs from the base (see `save_difference`).
-            base: the Hub id of the base model; `config.base_model_name_or_path` by default.
+            base: the base model, see `save_difference`; `config.base_model_name_or_path` by default.
             base_revision: for a difference, where the base has changed since: its commit or branch; main by default.
             private, token, revision, commit_message, commit_description, create_pr: as transformers'; private=True for
                 a repository that is public already is refused.
@@ -173,12 +173,16 @@ class Published:
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As transformers', from safetensors only, strict about every parameter; a difference gets its base.
 
+        `base=`: where a difference's base is, a folder or a Hub id, if not where the difference says; it has to be the
+        very one all the same.
+
         Raises:
             LizardzooError: pickled weights, an unfinished or damaged checkpoint, parameters that are not exactly the
                 config's (before anything is allocated), or a base that is not the one the difference was made to.
         """
         name = pretrained_model_name_or_path
         parent: Any = super()
+        base = kwargs.pop("base", None)
         adapter = (kwargs.get("adapter_kwargs") or {}).get("_adapter_model_path")  # one that was asked for
         if name is None or kwargs.get("state_dict") is not None or kwargs.get("gguf_file") is not None:
             return parent.from_pretrained(name, *args, **kwargs)
@@ -198,7 +202,9 @@ class Published:
             config = cls.config_class.from_pretrained(config or name, **look)  # type: ignore[attr-defined]
         difference = difference_of(config)
         if difference is not None:
-            return cls._from_difference(name, difference, config, args, kwargs)
+            return cls._from_difference(name, difference, base, config, args, kwargs)
+        if base is not None:
+            raise LizardzooError(f"{name} is a whole model, and base={str(base)!r} is for a difference; leave it out")
         files = weight_files(name, variant=kwargs.get("variant"), **look)
         renamed = kwargs.get("key_mapping") or kwargs.get("ignore_mismatched_sizes")
         if not renamed and getattr(config, "quantization_config", None) is None:
@@ -216,7 +222,9 @@ class Published:
             check_fit(cls, config, found, source)
 
     @classmethod
-    def _from_difference(cls, source: Any, base: Base, config: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    def _from_difference(
+        cls, source: Any, base: Base, given: Any, config: Any, args: Any, kwargs: dict[str, Any]
+    ) -> Any:
         look = where(kwargs)
         file, *more = weight_files(source, stem=DIFFERENCE, **look)
         if more:
@@ -224,13 +232,7 @@ class Published:
         config = copy.deepcopy(config)
         delattr(config, DIFFERENCE)
         shapes = low_rank_shapes(tensor_shapes([file]), f"{file.name} of {source}")
-        elsewhere = {name: value for name, value in look.items() if name not in ("revision", "subfolder")}
-        teacher = load_base(base, cls._base_type(), elsewhere)
-        if base_hash(teacher) != base.sha256:
-            raise LizardzooError(
-                f"{base.name} (revision {base.revision or 'main'}) is not the base that {source} was made to: its "
-                f"weights have another sha256 than {base.sha256[:12]}...; ask the author which revision it was"
-            )
+        teacher, place = load_the_base(base, given, cls._base_type(), source, look)
         tensors = teacher.state_dict()
         cls.check_fit(config, {name: tuple(tensor.shape) for name, tensor in tensors.items()} | shapes, source)
         dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
@@ -250,6 +252,7 @@ class Published:
         if hasattr(cls, "base_model_class"):
             model.low_rank_updates = updates
         model.config._name_or_path = model.name_or_path = str(source)
+        model.config.base_model_name_or_path = place
         if (generation := find_file(source, "generation_config.json", **look)) is not None:
             model.generation_config = GenerationConfig.from_pretrained(generation.parent)
         return loaded

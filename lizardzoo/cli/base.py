@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from typer.core import TyperGroup
 
 from lizardzoo.errors import LizardzooError
+from lizardzoo.hub.training import package_version
 
 out = Console()
 """Results, on the standard output."""
@@ -74,14 +74,6 @@ def main(
     `lizardzoo COMMAND --help` explains each of them.
     """
     transformers_logging.disable_progress_bar()  # a bar for reading a file, in the middle of ours
-
-
-def package_version(name: str) -> str:
-    """The installed version of a package."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"  # a checkout on the path, without an installation
 
 
 def one_line(error: BaseException) -> str:

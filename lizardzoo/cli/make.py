@@ -53,8 +53,8 @@ def linearize(
         typer.Option(
             "--layers",
             "-l",
-            help="A preset's name for all layers (see `lizardzoo list presets`), or a .json or .py file "
-            "with one spec per layer.",
+            help="A preset's name for all layers (see `lizardzoo list presets`), a .json or .py file "
+            "with one spec per layer, or the config.json of a linearized model.",
         ),
     ] = "recommended",
     softmax: Annotated[
@@ -174,7 +174,11 @@ def distill(
     folder: Annotated[Path, typer.Option("--out", "-o", help="New folder for the run, or the one to resume.")],
     recipe: Annotated[
         str,
-        typer.Option("--recipe", "-r", help="A recipe's name (see `lizardzoo list recipes`) or a .json file with one."),
+        typer.Option(
+            "--recipe",
+            "-r",
+            help="A recipe's name (see `lizardzoo list recipes`), a .json file with one, or the recipe.json of a run.",
+        ),
     ] = "recommended",
     teacher: Annotated[
         str | None,
@@ -255,7 +259,8 @@ def distill(
 
 def _read_recipe(path: str) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+        return values["recipe"] if isinstance(values, dict) and "recipe" in values else values  # of a run, or a recipe
     except FileNotFoundError as error:
         raise LizardzooError(f"there is no recipe file {path!r}; give its path, or the name of a recipe") from error
     except ValueError as error:  # of JSON and of UTF-8

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -14,14 +15,16 @@ from rich.markup import escape
 from rich.table import Table
 
 from lizardzoo import evaluate
-from lizardzoo.cli.base import app, new_folder, out, package_version, progress_bar
+from lizardzoo.cli.base import app, new_folder, out, progress_bar
 from lizardzoo.cli.models import DeviceOption, Dtype, DtypeOption, load_model, load_tokenizer
+from lizardzoo.cli.record import run_record
 from lizardzoo.config import MixerSpec
 from lizardzoo.errors import LizardzooError
 from lizardzoo.evaluate.ablation import mixers_of
 from lizardzoo.evaluate.plan import TEACHER, plan
 from lizardzoo.evaluate.positions import CHUNK_SIZE
 from lizardzoo.evaluate.questions import SUFFIXES
+from lizardzoo.hub.training import package_version
 from lizardzoo.linearize import linearize
 from lizardzoo.mixers.window import Window
 
@@ -30,6 +33,7 @@ REPORT, POSITIONS, RETRIEVAL = "report.json", "by_position", "retrieval.png"
 
 @app.command("eval")
 def eval_(
+    ctx: typer.Context,
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Folders or Hub ids.")],
     teacher: Annotated[
         str | None, typer.Option("--teacher", "-t", help="Folder or Hub id; KL is measured from it.")
@@ -56,7 +60,10 @@ def eval_(
     ] = True,
     distances: Annotated[
         str | None,
-        typer.Option(help="Retrieval: facts put into the first text are asked for after 256,1024,... tokens."),
+        typer.Option(help="Retrieval: facts put into a text are asked for after 256,1024,... tokens."),
+    ] = None,
+    filler: Annotated[
+        Path | None, typer.Option(help="For --distances: put the facts into this text; by default into the first one.")
     ] = None,
     facts: Annotated[int, typer.Option(min=1, help="Facts in a text, for --distances; all are asked for.")] = 1,
     samples: Annotated[int, typer.Option(min=1, help="Texts at each distance.")] = 32,
@@ -67,7 +74,9 @@ def eval_(
             "lm-eval's task files (which may run code)."
         ),
     ] = None,
-    few_shot: Annotated[int | None, typer.Option(min=0, help="Examples in each task's prompt.")] = None,
+    few_shot: Annotated[
+        str | None, typer.Option(help="Examples in each task's prompt; 0,5 measures with none and with five.")
+    ] = None,
     few_shot_from: Annotated[
         Path | None, typer.Option(help="Take the examples for files of questions from this file.")
     ] = None,
@@ -84,7 +93,7 @@ def eval_(
           --teacher HuggingFaceTB/SmolLM2-135M-Instruct --text wiki.txt \\
           --limit 32 --ablate --distances 64,256,1024 --out report
       lizardzoo eval runs/first/final --tasks piqa,arc_easy --json
-      lizardzoo eval runs/first/final --tasks mmlu.jsonl --few-shot 5 \\
+      lizardzoo eval runs/first/final --tasks mmlu.jsonl --few-shot 0,5 \\
           --few-shot-from mmlu_dev.jsonl
       lizardzoo eval runs/first/final -t ... --text novel.txt --length 65536 \\
           --chunk-size 2048 --recent 4096
@@ -94,18 +103,22 @@ def eval_(
     The bare window of equal state is what a linear branch has to beat.
     """
     named_texts = _labels([str(path) for path in texts or ()])
-    if not named_texts and tasks is None:
+    if not named_texts and tasks is None and distances is None:
         raise LizardzooError("there is nothing to measure; give --text FILE, --tasks NAMES or both")
-    if distances is not None and not named_texts:
-        raise LizardzooError("--distances needs a text to put the facts into; give --text FILE")
-    asked = _counts("--distances", distances)
+    filler = filler or next(map(Path, named_texts.values()), None)
+    if distances is not None and filler is None:
+        raise LizardzooError("--distances needs a text to put the facts into; give --text FILE, or --filler FILE alone")
+    asked = _counts("--distances", distances, "256,1024")
+    shots = _counts("--few-shot", few_shot, "5, or 0,5", least=0)
+    begun = time.monotonic()
     with nullcontext() if folder is None else new_folder(folder) as made:
         tokenizer = load_tokenizer(models[0])
         ids = {label: evaluate.sequences(Path(p), tokenizer, length, limit) for label, p in named_texts.items()}
-        with _task_source(tasks, few_shot, few_shot_from, task_limit, batch_size) as source:
+        with _task_source(tasks, shots, few_shot_from, task_limit, batch_size) as source:
             loaded = {label: load_model(name, dtype, device) for label, name in _labels(models).items()}
             expected = None if teacher is None else load_model(teacher, dtype, device)
-            rows = _with_baselines(loaded, expected) if ids and baseline and expected is not None else loaded
+            beside = baseline and expected is not None and (ids or asked)
+            rows = _with_baselines(loaded, expected) if beside else loaded
             ablated = list(loaded) if ablate else False
             positions = {}
             for label, sequences in ids.items():
@@ -115,10 +128,10 @@ def eval_(
                         batch_size=batch_size, chunk_size=chunk_size, progress=progress,
                     )  # fmt: skip
             recall = None
-            if asked:
+            if asked and filler is not None:
                 with progress_bar("texts with facts", len(asked) * samples) as progress:
                     recall = evaluate.retrieval(
-                        rows, expected, tokenizer, Path(next(iter(named_texts.values()))), distances=asked,
+                        rows, expected, tokenizer, filler, distances=asked,
                         pairs=facts, samples=samples, ablate=ablated, chunk_size=chunk_size, progress=progress,
                     )  # fmt: skip
             scores = {}
@@ -134,6 +147,7 @@ def eval_(
             "retrieval": None if recall is None else recall.to_dict(),
             "tasks": scores,
             "versions": {name: package_version(name) for name in ("lizardzoo", "torch", "transformers")},
+            "runs": [run_record(ctx, {**loaded, **({} if expected is None else {TEACHER: expected})}, begun)],
         }
         written = [REPORT]
         if made is not None:
@@ -167,12 +181,14 @@ def _labels(names: list[str]) -> dict[str, str]:
     }
 
 
-def _counts(option: str, text: str | None) -> list[int]:
-    """Whole numbers above 0 out of "64,256"."""
+def _counts(option: str, text: str | None, example: str, least: int = 1) -> list[int]:
+    """Whole numbers out of "64,256"."""
     parts = [part.strip() for part in (text or "").split(",") if part.strip()]
-    if wrong := [part for part in parts if not part.isdecimal() or int(part) < 1]:
-        raise LizardzooError(f"{option} {text!r} is not a list of tokens ({wrong[0]!r}); write it as 256,1024")
-    return [int(part) for part in parts]
+    if wrong := [part for part in parts if not part.isdecimal() or int(part) < least]:
+        raise LizardzooError(
+            f"{option} {text!r} is no list of whole numbers of at least {least} ({wrong[0]!r}); write it as {example}"
+        )
+    return [int(part) for part in dict.fromkeys(parts)]
 
 
 def _with_baselines(models: dict[str, Any], teacher: Any) -> dict[str, Any]:
@@ -198,10 +214,13 @@ Scores = dict[str, dict[str, Any]]
 
 @contextmanager
 def _task_source(
-    tasks: str | None, few_shot: int | None, few_shot_from: Path | None, limit: int | None, batch_size: int
+    tasks: str | None, shots: list[int], few_shot_from: Path | None, limit: int | None, batch_size: int
 ) -> Iterator[Callable[[Any, Any], Scores] | None]:
-    """A function from a model and its tokenizer to lm-eval's results; None without tasks."""
-    if few_shot_from is not None and (tasks is None or not few_shot):
+    """A function from a model and its tokenizer to lm-eval's results; None without tasks.
+
+    Where the number of examples is given, the tasks are named as "piqa, 5-shot".
+    """
+    if few_shot_from is not None and (tasks is None or not any(shots)):
         raise LizardzooError("--few-shot-from says where examples come from; give --tasks FILES and --few-shot N too")
     if tasks is None:
         yield None
@@ -212,18 +231,25 @@ def _task_source(
     if few_shot_from is not None and others:
         raise LizardzooError(f"--few-shot-from is for files of questions, and {others[0]!r} is none; leave one of them")
     with tempfile.TemporaryDirectory(prefix="lizardzoo-") as folder:
-        own = Path(folder) / "tasks"
-        if files:
-            local = evaluate.question_tasks(files, own, few_shot=few_shot or 0, examples=few_shot_from, limit=limit)
+        numbers: list[int | None] = [*shots] or [None]
+        own = {number: Path(folder) / f"tasks-{number}" for number in numbers}
+        local = {
+            number: evaluate.question_tasks(files, place, few_shot=number or 0, examples=few_shot_from, limit=limit)
+            for number, place in own.items()
+            if files
+        }
 
         def scores(model: Any, tokenizer: Any) -> Scores:
             found: Scores = {}
-            if files:
-                found |= evaluate.lm_eval(model, tokenizer, local, own, batch_size=batch_size)
-            if others:
-                folder = others[0] if len(others) == 1 and Path(others[0]).is_dir() else None
-                settings: dict[str, Any] = {"num_fewshot": few_shot, "limit": limit, "batch_size": batch_size}
-                found |= evaluate.lm_eval(model, tokenizer, None if folder else others, folder, **settings)
+            for number, place in own.items():
+                one: Scores = {}
+                if files:
+                    one |= evaluate.lm_eval(model, tokenizer, local[number], place, batch_size=batch_size)
+                if others:
+                    folder = others[0] if len(others) == 1 and Path(others[0]).is_dir() else None
+                    settings: dict[str, Any] = {"num_fewshot": number, "limit": limit, "batch_size": batch_size}
+                    one |= evaluate.lm_eval(model, tokenizer, None if folder else others, folder, **settings)
+                found |= {name if number is None else f"{name}, {number}-shot": values for name, values in one.items()}
             return found
 
         yield scores

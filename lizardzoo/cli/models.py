@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -88,6 +88,8 @@ def read_layers(layers: str, softmax: str | None, num_layers: int) -> list[Mixer
         if not path.is_file():
             raise LizardzooError(f"there is no layers file {layers!r}; give its path, or the name of a preset")
         given = _read_json(path) if path.suffix == ".json" else _run_python(path)
+        if isinstance(given, Mapping) and "layers" in given and "type" not in given:  # a linearized model's config.json
+            given = given["layers"]
     specs = resolve_layers(given, num_layers)
     for index in _read_indices(softmax or "", num_layers):
         specs[index] = Softmax()

@@ -1,4 +1,4 @@
-"""`card` and `push`: a model gets its model card, and goes to the Hub."""
+"""`difference`, `card` and `push`: a model without what its base has, its model card, and both to the Hub."""
 
 from __future__ import annotations
 
@@ -10,24 +10,39 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from lizardzoo.cli.base import app, err, out
-from lizardzoo.cli.models import Dtype, load_model
+from lizardzoo.cli.base import app, err, new_folder, out
+from lizardzoo.cli.models import Dtype, is_linearized, load_config, load_model, load_tokenizer
+from lizardzoo.errors import LizardzooError
 from lizardzoo.hub import check_card, push_folder, write_card
-from lizardzoo.hub.card import is_by_hand
-from lizardzoo.hub.render import RECIPE
+from lizardzoo.hub.card import README, is_by_hand
+from lizardzoo.hub.render import EVALUATION, RECIPE, shown_name
+from lizardzoo.hub.reports import read_report
 from lizardzoo.hub.training import read_recipe
 from lizardzoo.hub.upload import published_files
 
+BaseOption = Annotated[
+    str | None,
+    typer.Option(help="Of a difference: its base, a Hub id or a folder that lizardzoo built; by default the config's."),
+]
+BaseRevisionOption = Annotated[
+    str | None, typer.Option(help="Of a difference: its base's commit or branch, where main is another by now.")
+]
+ReportOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        help="The report.json of `lizardzoo eval --out`; it is put beside the card. Give it again where the model was "
+        "measured in several goes."
+    ),
+]
+RowOption = Annotated[str | None, typer.Option(help="Which of the report's models this is, where it has several.")]
 FolderArgument = Annotated[Path, typer.Argument(metavar="DIR", help="The folder of a linearized model.")]
 
 
 @app.command()
 def card(
     folder: FolderArgument,
-    report: Annotated[
-        Path | None, typer.Option(help="The report.json of `lizardzoo eval --out`; it is put beside the card.")
-    ] = None,
-    row: Annotated[str | None, typer.Option(help="Which of the report's models this is, where it has several.")] = None,
+    report: ReportOption = None,
+    row: RowOption = None,
     recipe: Annotated[
         Path | None, typer.Option(help="The recipe.json of the run; found by itself in a run's final/.")
     ] = None,
@@ -56,7 +71,7 @@ def card(
     path = write_card(
         folder,
         repo_id=repo,
-        report=report,
+        report=report or None,
         row=row,
         recipe=recipe,
         base=base,
@@ -64,9 +79,52 @@ def card(
         datasets=dataset or (),
         force=force,
     )
+    _print_problems(path)
+    out.print(f"wrote {escape(str(path))}", soft_wrap=True, highlight=False)
+
+
+def _print_problems(path: Path) -> None:
     for problem in check_card(path.read_text(encoding="utf-8")):
         err.print(f"note: {problem}", soft_wrap=True, markup=False, highlight=False)
-    out.print(f"wrote {escape(str(path))}", soft_wrap=True, highlight=False)
+
+
+@app.command()
+def difference(
+    folder: FolderArgument,
+    place: Annotated[Path, typer.Option("--out", "-o", help="New folder, as hub_cards/Lizard-SmolLM2-135M.")],
+    base: BaseOption = None,
+    base_revision: BaseRevisionOption = None,
+    report: ReportOption = None,
+    row: RowOption = None,
+    tokenizer: Annotated[
+        bool, typer.Option("--tokenizer", help="Put the tokenizer in too; without it the base's is used.")
+    ] = False,
+) -> None:
+    """Write what DIR has and its base model has not, with its card: a few MB that load as the whole model.
+
+    \b
+      lizardzoo difference runs/first/final --out hub_cards/mine
+      lizardzoo eval hub_cards/mine --teacher ... --text wiki.txt --out report
+      lizardzoo card hub_cards/mine --report report/report.json
+
+    Of a projection that `distill` merged LoRA into, the factors are kept, once it
+    is seen that they give back the very weights. The base has to be on the Hub,
+    or to be what lizardzoo.smollm2.teacher_folder() builds; loading checks its hash.
+    """
+    kept = {name: path if (path := folder / name).is_file() else None for name in (EVALUATION, RECIPE)}
+    results = read_report(report or kept[EVALUATION], folder, row)
+    training = read_recipe(kept[RECIPE], folder)
+    with new_folder(place) as made:
+        with err.status(f"comparing {folder} with its base"):
+            _load_student(folder).save_difference(made, base, base_revision)
+        if tokenizer:
+            load_tokenizer(str(folder)).save_pretrained(made)
+        told = None if results is None else results.raw
+        write_card(made, repo_id=shown_name(place), report=told, recipe=training)
+    _print_problems(place / README)
+    for path in sorted(place.iterdir()):
+        size = f"{path.stat().st_size / 2**20:.2f} MiB"
+        out.print(f"wrote {escape(str(path))} ({size})", soft_wrap=True, highlight=False)
 
 
 @app.command()
@@ -80,10 +138,8 @@ def push(
     difference: Annotated[
         bool, typer.Option("--difference", help="Send only what differs from the base model, which the Hub has.")
     ] = False,
-    base: Annotated[str | None, typer.Option(help="For --difference: its Hub id, where the config names none.")] = None,
-    base_revision: Annotated[
-        str | None, typer.Option(help="For --difference: its commit or branch, where main is another by now.")
-    ] = None,
+    base: BaseOption = None,
+    base_revision: BaseRevisionOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a README.md on the Hub written by hand.")] = False,
 ) -> None:
     """Publish a folder's model, tokenizer and card in one commit, as the account of `hf auth login`.
@@ -112,10 +168,17 @@ def push(
     out.print(done.url, soft_wrap=True, highlight=False, markup=False)
 
 
+def _load_student(folder: Path) -> Any:
+    config = load_config(str(folder))
+    if not is_linearized(config):
+        raise LizardzooError(f"{folder} holds a plain {config.model_type!r} model, not a linearized one")
+    return load_model(str(folder), Dtype.auto, device="cpu")
+
+
 def _as_difference(folder: Path, made: Path, base: str | None, revision: str | None) -> Path:
     """A copy of a folder in `made` whose weights are the difference; a card of ours says so, a person's stays."""
     files = published_files(folder)
-    model = load_model(str(folder), Dtype.auto, device="cpu")
+    model = _load_student(folder)
     place = made / folder.resolve().name  # by which a recipe.json tells the stages
     for path in files:
         if path.suffix != ".safetensors" and not path.name.endswith(".safetensors.index.json"):

@@ -49,9 +49,10 @@ def distill(
     (`Heavy`, a bare `Window`) it is left out, which is said beside the progress bars and in `recipe.json`.
 
     `output_dir` gets `transfer/` and `final/` (model and tokenizer after each stage), `log.jsonl` (a line per
-    step), `loss.png`, `layer_error.png`, `recipe.json`, and while a stage runs its checkpoints: what trains,
-    the optimizer, the schedule and the state of the random numbers. A run that was interrupted goes on with
-    `resume`, and its losses are those of one that was not.
+    step), `loss.png`, `layer_error.png`, `recipe.json` (what decides the result), `training.json` (seconds, device,
+    files of data, versions), and while a stage runs its checkpoints: what trains, the optimizer, the schedule and
+    the state of the random numbers. A run that was interrupted goes on with `resume`, and its losses are those of
+    one that was not.
 
     Args:
         model: what `lizardzoo.linearize` returns. Stage 1 needs its projections as the teacher has them.

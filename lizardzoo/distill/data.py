@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from lizardzoo.errors import LizardzooError
+from lizardzoo.hub.weights import file_hash
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -89,6 +90,19 @@ def load_data(
     if isolate_documents:
         columns["position_ids"] = _positions(starts[order])
     return datasets.Dataset.from_dict({name: list(rows) for name, rows in columns.items()})
+
+
+def names_of(source: Source) -> dict[str, str | None]:
+    """{name: sha256} of a source's files, {name: None} of a data set on the Hub; {} of what was given in Python."""
+    entries = [source] if isinstance(source, (str, Path)) else source if isinstance(source, (list, tuple)) else []
+    files = [
+        Path(entry) for entry in entries if isinstance(entry, Path) or (isinstance(entry, str) and _is_file(entry))
+    ]
+    if isinstance(source, str) and not files:
+        return {source: None} if HUB_NAME.fullmatch(source) else {}
+    files = list(dict.fromkeys(files))
+    last = [file.name for file in files]
+    return {file.name if last.count(file.name) == 1 else "/".join(file.parts[-2:]): file_hash(file) for file in files}
 
 
 def fingerprint(dataset: Dataset) -> str:

@@ -50,6 +50,11 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def device_name(device: torch.device) -> str:
+    """What it is called, such as "NVIDIA H100 80GB HBM3", or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def any_process(flag: bool, device: torch.device) -> bool:
     """Whether `flag` holds in any process; all have to ask."""
     if not dist.is_initialized():

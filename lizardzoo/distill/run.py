@@ -8,6 +8,7 @@ import importlib.util
 import json
 import shutil
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +17,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lizardzoo.adapters.base import is_new_parameter
-from lizardzoo.distill.data import fingerprint, load_data
-from lizardzoo.distill.processes import check_shard, start
+from lizardzoo.distill.data import fingerprint, load_data, names_of
+from lizardzoo.distill.processes import check_shard, device_name, start
 from lizardzoo.distill.recipe import Recipe
 from lizardzoo.errors import LizardzooError
+from lizardzoo.hub.training import FACTS, TRAINING, package_version
 from lizardzoo.linearize import progress_bars
 
 if TYPE_CHECKING:
@@ -57,7 +59,7 @@ def run(
     _check_folder(folder, resume)
     from lizardzoo.distill.lora import check_targets
     from lizardzoo.distill.plots import plot
-    from lizardzoo.distill.trainer import StepLog, training_arguments
+    from lizardzoo.distill.trainer import StepLog, last_checkpoint, training_arguments
 
     processes = start()
     if "finetune" in stages:
@@ -93,21 +95,24 @@ def run(
             if name in finished:
                 continue
             log = StepLog(name, folder / "log.jsonl", progress)
-            data, given = datasets[name], arguments[name]
+            packed, given = datasets[name], arguments[name]
+            went_on, begun = last_checkpoint(Path(given.output_dir)) is not None, time.monotonic()
             try:
                 if name == "transfer":
                     from lizardzoo.distill.transfer import transfer
 
-                    transfer(model, recipe.transfer, data, given, log, shard=shard)
+                    transfer(model, recipe.transfer, packed, given, log, shard=shard)
                 else:
                     from lizardzoo.distill.finetune import finetune
 
                     checkpointing = {"gradient_checkpointing": gradient_checkpointing}
-                    finetune(model, recipe.finetune, data, given, log, teacher=teacher, shard=shard, **checkpointing)
+                    finetune(model, recipe.finetune, packed, given, log, teacher=teacher, shard=shard, **checkpointing)
             finally:
                 if processes.is_main_process:
                     plot(folder)
+            seconds = None if went_on else round(time.monotonic() - begun, 1)
             if processes.is_main_process:
+                _note(folder, name, _facts(seconds, given.device, processes.num_processes, micro_batch_size, data))
                 _save(model, tokenizer, folder / FOLDERS[name])
                 _remove_checkpoints(Path(given.output_dir))
             processes.wait_for_everyone()
@@ -249,10 +254,27 @@ def _checked_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    path = folder / MANIFEST
     folder.mkdir(parents=True, exist_ok=True)
+    _write_json(folder / MANIFEST, manifest)
+
+
+def _facts(seconds: float | None, device: Any, processes: int, micro: int | None, data: Any) -> dict[str, Any]:
+    """How a stage was run: what its recipe does not decide, and a card tells."""
+    versions = {name: package_version(name) for name in ("lizardzoo", "torch", "transformers", "peft")}
+    told = (seconds, device_name(device), processes, micro, names_of(data), versions)
+    return dict(zip(FACTS, told, strict=True))
+
+
+def _note(folder: Path, stage: str, facts: dict[str, Any]) -> None:
+    path = folder / TRAINING
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    _write_json(path, {**before, stage: facts})
+
+
+def _write_json(path: Path, values: dict[str, Any]) -> None:
+    """Beside, then in its place."""
     partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
 
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from lizardzoo.hub.difference import REPO_ID
+from lizardzoo.hub.difference import LICENSE, REPO_ID
+from lizardzoo.hub.weights import HTTP_ERROR
 
 README = "README.md"
 MARK = re.compile(r"\n<!-- lizardzoo card ([0-9a-f]{64}) -->\s*$")
@@ -75,6 +76,17 @@ def check_card(text: str) -> list[str]:
         problems.append("there is no Python snippet")
     problems += [f"a Python snippet does not compile: {wrong}" for wrong in map(_syntax_error, snippets) if wrong]
     return problems
+
+
+def license_of(model: str | None) -> str | None:
+    """What the card of a model on the Hub names, where it can be read."""
+    if model is None:
+        return None
+    try:
+        found = ModelCard.load(model).data.get("license")
+    except (HTTP_ERROR, OSError, ValueError):  # no card, no network, no access: check_card says that it is missing
+        return None
+    return found if isinstance(found, str) and LICENSE.fullmatch(found) else None
 
 
 def _syntax_error(snippet: str) -> SyntaxError | None:

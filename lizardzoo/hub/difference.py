@@ -23,6 +23,7 @@ from lizardzoo.hub.low_rank import LowRank
 DIFFERENCE = "difference"
 """The key in config.json, and the stem of the file."""
 REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+LICENSE = re.compile(r"[\w.+-]+")
 
 
 def on_hub(name: Any) -> bool:
@@ -32,15 +33,42 @@ def on_hub(name: Any) -> bool:
 
 @dataclass(frozen=True)
 class Base:
-    """The model that a difference is to: a Hub id, a revision of it, and the hash of all its weights."""
+    """The model that a difference is to; the hash is what has to be right, all else says where to find it.
+
+    Attributes:
+        name: a Hub id.
+        revision: of it.
+        sha256: of all its weights (`weights_hash`).
+        built_from: where they are not the repository's but were made from it: what they are built from, as
+            `lizardzoo.smollm2.BUILT_FROM`.
+        license: of the base, as the Hub knows it.
+    """
 
     name: str
     revision: str | None
     sha256: str
+    built_from: str | None = None
+    license: str | None = None
+
+    def __str__(self) -> str:
+        at = f"revision {self.revision or 'main'}" if self.built_from is None else f"built from {self.built_from}"
+        return f"{self.name} ({at})"
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds."""
-        return {"base": self.name, "revision": self.revision, "sha256": self.sha256}
+        known = {"base": self.name, "revision": self.revision, "sha256": self.sha256}
+        more = {"built_from": self.built_from, "license": self.license}
+        return known | {key: value for key, value in more.items() if value is not None}
+
+
+FORMS = {
+    "base": REPO_ID,
+    "revision": re.compile(r"[\w./-]+"),
+    "sha256": re.compile(r"[0-9a-f]{64}"),
+    "built_from": re.compile(r"[\w.+-]+==[\w.+-]+/[\w.+-]+"),
+    "license": LICENSE,
+}
+NEEDED = ("base", "sha256")
 
 
 def difference_of(config: Any) -> Base | None:
@@ -48,20 +76,17 @@ def difference_of(config: Any) -> Base | None:
     found = config.get(DIFFERENCE) if isinstance(config, Mapping) else getattr(config, DIFFERENCE, None)
     if found is None:
         return None
-    given = dict(found) if isinstance(found, Mapping) else {}
-    name, revision, sha256 = (given.get(key) for key in ("base", "revision", "sha256"))
-    if (
-        not isinstance(name, str)
-        or not REPO_ID.fullmatch(name)
-        or ".." in name
-        or not (revision is None or (isinstance(revision, str) and re.fullmatch(r"[\w./-]+", revision)))
-        or not (isinstance(sha256, str) and re.fullmatch(r"[0-9a-f]{64}", sha256))
-    ):
+    given: dict[str, Any] = {key: found.get(key) for key in FORMS} if isinstance(found, Mapping) else {}
+    fits = [
+        key not in NEEDED if value is None else isinstance(value, str) and FORMS[key].fullmatch(value)
+        for key, value in given.items()
+    ]
+    if not given or not all(fits) or ".." in given["base"]:
         raise LizardzooError(
             f"config.json: difference={found!r} is not a base: a Hub id, a revision or null, and the sha256 of its "
             f"weights; save it again with save_difference"
         )
-    return Base(name, revision, sha256)
+    return Base(given["base"], given["revision"], given["sha256"], given["built_from"], given["license"])
 
 
 @torch.no_grad()

@@ -8,22 +8,23 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import yaml
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 from lizardzoo import mixers as _builtin_mixers  # noqa: F401  registers the mixers that a config.json may name
+from lizardzoo import smollm2
 from lizardzoo.config import LINEARIZED, describe_spec, layer_map, resolve_layers
 from lizardzoo.errors import LizardzooError
-from lizardzoo.hub.card import README, card_beside, card_hash, is_by_hand
+from lizardzoo.hub.card import README, card_beside, card_hash, is_by_hand, license_of
 from lizardzoo.hub.difference import REPO_ID, difference_of, on_hub
-from lizardzoo.hub.results import Results, plain, read_report
-from lizardzoo.hub.training import read_recipe
-from lizardzoo.hub.weights import HTTP_ERROR
+from lizardzoo.hub.reports import read_report
+from lizardzoo.hub.reproduce import commands
+from lizardzoo.hub.results import Results, environment, plain
+from lizardzoo.hub.training import data_of, read_recipe
 
 EVALUATION, RECIPE = "evaluation.json", "recipe.json"
 TRAINED_ON = "trained_on"
@@ -80,13 +81,13 @@ def render_card(
         folder: a linearized model, as saved. What its present card says, if it was not written by hand, is the
             default of base, license, datasets and tags.
         repo_id: what the snippet loads; by default the folder, as it is given here.
-        report: what `lizardzoo eval --out` or `lizardzoo.evaluate` made: a file, a dict or a Report; by default
-            the folder's evaluation.json.
+        report: what `lizardzoo eval --out` or `lizardzoo.evaluate` made: a file, a dict or a Report, or a list of
+            them that become one; by default the folder's evaluation.json.
         row: which row of the report is this model, where it measures several.
         recipe: a recipe.json, its dict or a Recipe; by default the folder's, or that of the run the folder lies in.
         base: the Hub id of the base model; by default what the config says.
         license: an identifier as the Hub knows it ("apache-2.0"); by default that of the base model's card.
-        datasets: what it was trained on; Hub ids go into the metadata.
+        datasets: what it was trained on, by default what the run has noted; Hub ids go into the metadata.
         tags: more tags for the metadata.
 
     Raises:
@@ -98,19 +99,25 @@ def render_card(
     config = _read_config(folder)
     results = read_report(report if report is not None else _beside(folder, EVALUATION), folder, row)
     training = read_recipe(recipe if recipe is not None else _beside(folder, RECIPE), folder)
+    difference = difference_of(config)
     name = base or _base_of(config) or kept.get("base_model")
     text = _render(
         config,
-        repo_id or (folder.resolve().name if folder.is_absolute() else folder.as_posix()),
+        repo_id or shown_name(folder),
         results,
         training,
         base=name,
-        license=license or kept.get("license") or _license_of(name),
-        datasets=list(datasets) or kept.get(TRAINED_ON, kept.get("datasets", [])),
+        license=license or kept.get("license") or (difference and difference.license) or license_of(name),
+        datasets=list(datasets) or kept.get(TRAINED_ON, kept.get("datasets", [])) or list(data_of(training)),
         tags=list(tags) or kept.get("tags", []),
         has_tokenizer=any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")),
     )
     return Rendered(text, None if results is None else results.raw, training)
+
+
+def shown_name(folder: Path) -> str:
+    """What a snippet loads: a folder as it is given, but no path of this machine."""
+    return folder.resolve().name if folder.is_absolute() else folder.as_posix()
 
 
 def _render(
@@ -131,6 +138,8 @@ def _render(
         raise LizardzooError(f"config.json names no layers ({error}); save the model again") from error
     name = repo_id.rpartition("/")[2]
     difference = difference_of(config)
+    here = [each for each, sha256 in data_of(training).items() if sha256]
+    on_hub = [each for each in datasets if REPO_ID.fullmatch(each) and each not in here]
     constant = not any(spec.keeps_softmax for spec in specs)
     metadata = ModelCardData(
         base_model=base,
@@ -139,8 +148,8 @@ def _render(
         library_name="transformers",  # by which the Hub chooses its own snippet
         pipeline_tag="text-generation",
         tags=list(dict.fromkeys(["lizardzoo", "linear-attention", *["constant-memory"] * constant, *tags])),
-        datasets=[each for each in datasets if REPO_ID.fullmatch(each)] or None,
-        **({} if all(map(REPO_ID.fullmatch, datasets)) else {TRAINED_ON: datasets}),
+        datasets=on_hub or None,
+        **({} if on_hub == datasets else {TRAINED_ON: datasets}),
         model_name=name,
         eval_results=[EvalResult(**values) for values in results.figures()] or None if results else None,
     )
@@ -155,20 +164,22 @@ def _render(
         family=str(config["model_type"]).removeprefix(LINEARIZED),
         constant=constant,
         difference=difference,
+        builds_base=difference is not None and difference.built_from == smollm2.BUILT_FROM,
         has_tokenizer=has_tokenizer,
         layer_map=layer_map(specs),
         specs=[f"{describe_spec(spec)}: {_fields(spec)}" for spec in dict.fromkeys(specs) if _fields(spec)],
-        stages=[] if training is None else [_stage(stage) for stage in training["trained"]],
+        stages=None if training is None or not training["trained"] else _stages(training["trained"]),
         recipe_name=None if training is None else plain(training["recipe"].get("name") or ""),
         datasets=[plain(each) for each in datasets],
         measured=results is not None,
-        measured_with=None if results is None else _versions(results.raw.get("versions") or {}),
+        measured_with=None if results is None else results.measured_with(),
+        saved_by=plain(config.get("transformers_version") or ""),
+        reproduce=commands(name, base, difference, config.get("dtype"), training, results),
         positions=[] if results is None else results.positions(),
         memory=None if results is None else results.memory(),
         recall=None if results is None else results.recall(),
         tasks=None if results is None else results.tasks(),
         limits=_limits(specs, training, results),
-        versions=_versions({each: _version(each) for each in ("lizardzoo", "torch", "transformers")}),
     )
     body = "\n" + re.sub(r"\n{3,}", "\n\n", body).strip() + "\n"
     head = metadata.to_yaml()
@@ -221,37 +232,36 @@ def _base_of(config: Mapping[str, Any]) -> str | None:
     return name if on_hub(name) else None
 
 
-def _license_of(base: str | None) -> str | None:
-    """What the base's own card says, where it can be read."""
-    if base is None:
-        return None
-    try:
-        return ModelCard.load(base).data.get("license")
-    except (
-        HTTP_ERROR,
-        OSError,
-        ValueError,
-    ):  # no card, no network, no access: check_card says that the license is missing
-        return None
-
-
 def _beside(folder: Path, name: str) -> Path | None:
     path = folder / name
     return path if path.is_file() else None
 
 
-def _stage(stage: Mapping[str, Any]) -> list[str]:
-    return [
-        plain(value) if isinstance(value, str) else "?" if value is None else f"{value:,}" for value in stage.values()
-    ]
+STAGE_COLUMNS = {
+    "name": "stage",
+    "steps": "steps",
+    "batch_size": "sequences per step",
+    "sequence_length": "tokens per sequence",
+    "tokens": "tokens",
+}
 
 
-def _versions(versions: Mapping[str, Any]) -> str:
-    return ", ".join(f"{plain(name)} {plain(version)}" for name, version in versions.items())
+def _stages(stages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The table of what was trained, and what it was trained with."""
+    return {
+        "header": list(STAGE_COLUMNS.values()),
+        "rows": [[_cell(stage[key]) for key in STAGE_COLUMNS] for stage in stages],
+        "with": [f"{plain(stage['name'])}: {how}" for stage in stages if (how := _how(stage))],
+    }
 
 
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return "unknown"
+def _how(stage: Mapping[str, Any]) -> str:
+    """Such as "84 seconds, lizardzoo 0.1.0, torch 2.13.0, on 2 x NVIDIA H200"."""
+    many = f"{stage['processes']} x " if (stage.get("processes") or 1) > 1 else ""
+    facts = {**stage, "device": f"{many}{stage['device']}" if stage.get("device") else None}
+    seconds = f"{stage['seconds']:,.0f} seconds" if stage.get("seconds") is not None else ""
+    return ", ".join(filter(None, (seconds, environment(facts))))
+
+
+def _cell(value: Any) -> str:
+    return plain(value) if isinstance(value, str) else "?" if value is None else f"{value:,}"

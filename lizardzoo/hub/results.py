@@ -5,13 +5,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from lizardzoo.errors import LizardzooError
-from lizardzoo.hub.training import read_json
-
-TEACHER = "teacher"
 METRICS = {"perplexity": "perplexity", "kl": "KL to the teacher in nats per token"}
 TASK = {"task_type": "text-generation"}
 
@@ -77,19 +72,53 @@ class Results:
         rows = self._recall()
         if not rows:
             return None
+        asked = self.raw["retrieval"]
         return {
+            "pairs": asked.get("pairs"),
+            "samples": asked.get("samples"),
             "header": ["", *(f"{point['distance']:,}" for point in rows[0]["points"])],
             "rows": [[self._name(row), *(_score(point["accuracy"]) for point in row["points"])] for row in rows],
         }
 
     def tasks(self) -> dict[str, Any] | None:
-        """The table of lm-eval's tasks."""
+        """The table of lm-eval's tasks, with the standard errors and the number of questions where these are known."""
+        scores = self.raw.get("tasks") or {}
         rows = [
-            [plain(task), plain(metric), *(_score(value) for value in scores.values())]
-            for task, metric, scores in self._scores()
+            [
+                plain(task),
+                plain(metric),
+                *(_score(value, self._error(name, task, metric)) for name, value in values.items()),
+            ]
+            for task, metric, values in self._scores()
         ]
-        names = (self.raw.get("tasks") or {}).keys()
-        return {"header": ["task", "metric", *map(plain, names)], "rows": rows} if rows else None
+        if not rows:
+            return None
+        counts = {plain(task): each.get("sample_len") for task, each in scores.get(self.row, {}).items()}
+        header = ["task", "metric", *map(plain, scores)]
+        if any(isinstance(count, int) for count in counts.values()):
+            header.insert(1, "questions")
+            for row in rows:
+                row.insert(1, f"{counts[row[0]]:,}" if isinstance(counts[row[0]], int) else "")
+        return {"header": header, "rows": rows}
+
+    def runs(self) -> list[Mapping[str, Any]]:
+        """What `lizardzoo eval` was asked, once for each report that this one was made of; [] where it does not say."""
+        return [run for run in self.raw.get("runs") or () if isinstance(run, Mapping)]
+
+    def measured_with(self) -> str:
+        """Versions and devices; what was measured in several goes alike is said once."""
+        runs: list[dict[str, Any]] = []
+        for run in self.runs() or [{"versions": self.raw.get("versions") or {}}]:
+            versions, device = dict(run.get("versions") or {}), run.get("device")
+            for known in runs:
+                if known["device"] == device and all(
+                    known["versions"].get(name, v) == v for name, v in versions.items()
+                ):
+                    known["versions"] |= versions
+                    break
+            else:
+                runs.append({"versions": versions, "device": device})
+        return "; ".join(filter(None, map(environment, runs)))
 
     def _name(self, row: Mapping[str, Any]) -> str:
         return f"**{plain(row['name'])}**" if row["name"] == self.row else plain(row["name"])
@@ -105,6 +134,9 @@ class Results:
     def _recall(self) -> list[Any]:
         return (self.raw.get("retrieval") or {}).get("rows", [])
 
+    def _error(self, name: str, task: str, metric: str) -> Any:
+        return self.raw["tasks"][name].get(task, {}).get(f"{metric}_stderr,none")
+
     def _scores(self) -> list[tuple[str, str, dict[str, Any]]]:
         """(task, metric, row -> value) for every number that the model has."""
         scores = self.raw.get("tasks") or {}
@@ -118,74 +150,6 @@ class Results:
             for metric, value in metrics.items()
             if isinstance(value, float) and "_stderr" not in metric
         ]
-
-
-def read_report(source: Any, folder: Path, row: str | None) -> Results | None:
-    """A report from a file, a dict or `lizardzoo.evaluate`'s Report; `row` says which of its models the folder holds.
-
-    Raises:
-        LizardzooError: it is no such report, or does not say which of its models this one is.
-    """
-    if source is None:
-        return None
-    if isinstance(source, (str, Path)):
-        given = read_json(Path(source), "report")
-    else:
-        given = dict(source) if isinstance(source, Mapping) else source.to_dict()
-    try:
-        if "rows" in given:  # of `evaluate.compare`, which knows no name of the text
-            given = {"positions": {"text": given}}
-        places = _models(given)
-        here = [name for name, place in places.items() if Path(place).resolve() == folder.resolve()]
-        chosen = row or given.get("row") or (here[0] if here else None)
-        if chosen is None and len(places) == 1:
-            chosen = next(iter(places))
-        if chosen not in places:
-            raise LizardzooError(
-                f"the report measures {', '.join(places) or 'no model'}, and {row or 'none of them'!r} is not "
-                f"this model's row; say which one is (row=, --row)"
-            )
-        raw, chosen = _without_paths(given | {"row": chosen}), _short(chosen)
-        results = Results(raw, chosen)
-        results.figures(), results.positions(), results.memory(), results.recall(), results.tasks()
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        if isinstance(error, LizardzooError):
-            raise
-        raise LizardzooError(
-            f"the report is not one that lizardzoo eval wrote ({type(error).__name__}: {error}); give its report.json"
-        ) from error
-    return results
-
-
-def _models(report: Mapping[str, Any]) -> dict[str, str]:
-    """The names of the models that a report measures, and where they lay."""
-    if report.get("models"):
-        return {str(name): str(place) for name, place in report["models"].items()}
-    rows = [row for each in (report.get("positions") or {}).values() for row in each["rows"]]
-    return {row["name"]: row["name"] for row in rows if not row["without"] and row["model"] != TEACHER}
-
-
-def _without_paths(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The report with paths of this machine cut to their last two parts, wherever they are part of a name."""
-    named = [*(report.get("models") or ()), *(report.get("texts") or ()), report.get("teacher")]
-    named += [*(report.get("models") or {}).values(), *(report.get("texts") or {}).values()]
-    long = sorted({str(name) for name in named if name and _short(str(name)) != name}, key=len, reverse=True)
-
-    def cut(value: Any) -> Any:
-        if isinstance(value, str):
-            for name in long:
-                value = value.replace(name, _short(name))
-            return value
-        if isinstance(value, Mapping):
-            return {cut(name): cut(each) for name, each in value.items()}
-        return [cut(each) for each in value] if isinstance(value, (list, tuple)) else value
-
-    return cut(report)
-
-
-def _short(name: str) -> str:
-    """The last two parts of an absolute path; any other name as it is."""
-    return "/".join(Path(name).parts[-2:]) if Path(name).is_absolute() else name
 
 
 def _figure(dataset: str, metric: str, name: str, value: Any) -> dict[str, Any]:
@@ -209,12 +173,20 @@ def _pair(cell: Mapping[str, Any]) -> str:
     return text if cell["kl"] is None else f"{text}<br>{abs(cell['kl']) if abs(cell['kl']) < 5e-5 else cell['kl']:.4f}"
 
 
-def _score(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else ""
+def _score(value: Any, error: Any = None) -> str:
+    if not isinstance(value, float):
+        return ""
+    return f"{value:.4f} ± {error:.4f}" if isinstance(error, float) and _finite(error) else f"{value:.4f}"
 
 
 def _size(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
+
+
+def environment(facts: Mapping[str, Any]) -> str:
+    """Such as "lizardzoo 0.1.0, torch 2.13.0, on NVIDIA H200", of {"versions": ..., "device": ...}."""
+    parts = [f"{plain(name)} {plain(version)}" for name, version in (facts.get("versions") or {}).items()]
+    return ", ".join([*parts, *([f"on {plain(facts['device'])}"] if facts.get("device") else [])])
 
 
 def plain(text: str) -> str:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from lizardzoo.errors import LizardzooError
 
 STAGES = ("transfer", "finetune")
+TRAINING = "training.json"
+"""In a run's folder, beside recipe.json, which holds what decides the result: how each stage was run, see FACTS."""
+FACTS = ("seconds", "device", "processes", "micro_batch_size", "data", "versions")
+"""Seconds (None: resumed, not known), where and by how many processes, {file of data: sha256}, {package: version}."""
 FOLDERS = {"transfer": STAGES[:1], "final": STAGES}
 """A run's folders, and the stages that the model in each has behind it."""
 
 
 def read_recipe(source: Any, folder: Path) -> dict[str, Any] | None:
-    """{"recipe": its dict, "data": hashes, "trained": [{name, steps, batch_size, sequence_length, tokens}]}, or None.
+    """{"recipe": its dict, "data": hashes, "teacher": hash, "trained": stages}, or None.
+
+    A stage is {name, steps, batch_size, sequence_length, tokens}, and what of FACTS is known.
 
     `source`: a file, a dict, a Recipe, or None: the recipe.json of the run whose transfer/ or final/ `folder` is.
     """
@@ -33,6 +40,8 @@ def read_recipe(source: Any, folder: Path) -> dict[str, Any] | None:
         values = {"recipe": values}
     try:
         kept: dict[str, Any] = {"recipe": dict(values["recipe"]), "data": dict(values.get("data", {}))}
+        if values.get("teacher"):
+            kept["teacher"] = str(values["teacher"])
         done = [stage["name"] for stage in values.get("trained", [])] or list(kept["data"]) or list(STAGES)
         allowed = FOLDERS.get(folder.resolve().name, STAGES)
         kept["trained"] = [
@@ -49,14 +58,19 @@ def read_recipe(source: Any, folder: Path) -> dict[str, Any] | None:
 
 def _stage(name: str, stage: Mapping[str, Any], known: Any, run: Path) -> dict[str, Any]:
     steps = stage["steps"]
+    facts = read_json(run / TRAINING, "training").get(name, {}) if (run / TRAINING).is_file() else {}
     for each in known:
         if each["name"] == name:
-            steps = each["steps"]
+            steps, facts = each["steps"], each
     if steps is None:  # a recipe in epochs: the run's log has counted
         steps = _logged_steps(run / "log.jsonl", name)
     batch, length = stage["batch_size"], stage["sequence_length"]
     tokens = None if steps is None else steps * batch * length
-    return {"name": name, "steps": steps, "batch_size": batch, "sequence_length": length, "tokens": tokens}
+    told = {key: facts[key] for key in FACTS if facts.get(key) is not None}
+    for key in ("data", "versions"):
+        if key in told:
+            told[key] = dict(told[key])
+    return {"name": name, "steps": steps, "batch_size": batch, "sequence_length": length, "tokens": tokens, **told}
 
 
 def _logged_steps(path: Path, name: str) -> int | None:
@@ -64,6 +78,20 @@ def _logged_steps(path: Path, name: str) -> int | None:
         return None
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     return max((line["step"] for line in lines if line.get("stage") == name), default=None)
+
+
+def data_of(training: Mapping[str, Any] | None) -> dict[str, str | None]:
+    """The files and data sets that all stages together were trained on: {name: sha256, or None of a data set's}."""
+    stages = [] if training is None else training["trained"]
+    return {name: sha256 for stage in stages for name, sha256 in stage.get("data", {}).items()}
+
+
+def package_version(name: str) -> str:
+    """The installed version of a package."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "unknown"  # a checkout on the path, without an installation
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:

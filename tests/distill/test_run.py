@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 
@@ -11,7 +12,7 @@ from transformers.utils import logging
 
 import lizardzoo as lz
 from lizardzoo.distill import run as run_module
-from lizardzoo.distill.data import load_data
+from lizardzoo.distill.data import load_data, names_of
 from lizardzoo.distill.trainer import last_checkpoint, read_log
 from lizardzoo.errors import LizardzooError
 
@@ -35,7 +36,7 @@ def contents(folder):
 
 def test_a_run_leaves_both_models_the_log_the_plots_and_the_recipe(train, student, batch, recipe, pictures):
     train()
-    expected = {"final", "layer_error.png", "log.jsonl", "loss.png", "recipe.json", "transfer"}
+    expected = {"final", "layer_error.png", "log.jsonl", "loss.png", "recipe.json", "training.json", "transfer"}
     assert {path.name for path in train.folder.iterdir()} == expected
     for plot in ("loss.png", "layer_error.png"):
         assert (train.folder / plot).read_bytes().startswith(b"\x89PNG")
@@ -48,6 +49,35 @@ def test_a_run_leaves_both_models_the_log_the_plots_and_the_recipe(train, studen
         assert not torch.equal(lz.from_pretrained(train.folder / "transfer")(batch).logits, final(batch).logits)
     for name in ("transfer", "final"):
         assert (train.folder / name / "tokenizer.json").is_file()
+
+
+def test_a_run_tells_what_it_was_run_with(train, texts, tmp_path):
+    files = [tmp_path / "a" / "x.txt", tmp_path / "b" / "x.txt", tmp_path / "y.txt"]
+    for number, path in enumerate(files):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("\n".join(texts[number::3]))
+    train(data=[files[0], str(files[1]), files[2]], stages=["transfer"], micro_batch_size=2)
+    train(stages=["finetune"], resume=True)
+    told = json.loads((train.folder / "training.json").read_text())
+    first, second = told["transfer"], told["finetune"]
+    names = ["a/x.txt", "b/x.txt", "y.txt"]
+    assert first["data"] == {
+        name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in zip(names, files, strict=True)
+    }
+    assert second["data"] == {}  # texts, given in Python
+    assert (first["micro_batch_size"], second["micro_batch_size"]) == (2, None)
+    assert (first["device"], first["processes"]) == ("cpu", 1)
+    assert first["seconds"] > 0
+    assert first["versions"]["torch"] == importlib.metadata.version("torch")
+
+
+def test_a_data_set_is_told_by_its_name(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("a text")
+    digest = hashlib.sha256(b"a text").hexdigest()
+    assert names_of("org/name:train[:5]") == {"org/name:train[:5]": None}
+    assert names_of(path) == names_of(str(path)) == names_of([path, path]) == {"x.txt": digest}
+    assert names_of(["a text", "another"]) == {}
 
 
 def test_a_run_says_nothing_unless_asked(train, capfd, monkeypatch, pictures):
@@ -77,7 +107,13 @@ def test_a_resumed_run_equals_an_uninterrupted_one_exactly(
     for (name, expected), found in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(expected, found), name
     left, expected = contents(train.folder), contents(tmp_path / "whole")
+    for files in (left, expected):
+        files.pop("training.json")  # seconds
     assert left == expected
+    told = json.loads((train.folder / "training.json").read_text())
+    went_on = {stage} if step > 1 else set()  # step 1 is before the first checkpoint
+    assert told.keys() == {"transfer", "finetune"}
+    assert {name for name, facts in told.items() if facts["seconds"] is None} == went_on
 
 
 def test_a_run_interrupted_between_the_stages_goes_on_with_the_second(train, tiny_llama, layers, tmp_path, monkeypatch):

@@ -76,8 +76,9 @@ def test_every_figure_is_the_reports(measured: Path, student: Path) -> None:
     names = [name for name in scores if name in ("teacher", "final") or "without" in name]
     assert len(names) == len(scores) == 4
     for metric in ("acc", "acc_norm"):
-        values = " | ".join(f"{scores[name]['questions'][f'{metric},none']:.4f}" for name in names)
-        assert f"| questions | {metric} | {values} |" in card.text
+        pairs = [[scores[name]["questions"][f"{metric}{of},none"] for of in ("", "_stderr")] for name in names]
+        values = " | ".join(f"{value:.4f} ± {error:.4f}" for value, error in pairs)
+        assert f"| questions | 6 | {metric} | {values} |" in card.text
     beside = json.loads((student / "evaluation.json").read_text())
     assert beside["row"] == "final"
     assert figures(beside, "final") == figures(report, "final")

@@ -15,7 +15,9 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import lizardzoo as lz
 from lizardzoo import LizardzooError
+from lizardzoo.linearize import read_tokenizer
 from tests.adapters.families import FAMILIES, teacher
+from tests.conftest import make_tokenizer
 from tests.hub.conftest import command
 from tests.hub.server import LoopbackHub
 from tests.hub.test_round_trip import IDS, MIXED, downloads, logits
@@ -104,7 +106,7 @@ def test_the_base_is_the_very_one(hub: LoopbackHub, base: str) -> None:
     hub.put(base, changed)  # its author goes on
     assert json.loads(files["config.json"])["difference"]["revision"] == first
     assert torch.equal(logits(lz.from_pretrained("alice/m")), logits(model))  # to the commit it was made to
-    with pytest.raises(LizardzooError, match="not one weight of this model is that of org/base at"):
+    with pytest.raises(LizardzooError, match=r"not one weight of this model is that of org/base \(revision"):
         model.push_to_hub("alice/n", difference=True)
     assert "alice/n" not in hub.repos
     model.push_to_hub("alice/n", difference=True, base_revision=first)
@@ -199,6 +201,24 @@ def test_a_base_that_others_cannot_fetch_is_refused_and_nothing_written(
     hub.put("org/tiny", {path.name: path.read_bytes() for path in tiny_folder.iterdir()})
     model.push_to_hub("alice/m", difference=True, base="org/tiny")
     assert torch.equal(logits(lz.from_pretrained("alice/m")), logits(model))
+
+
+def test_a_difference_without_a_tokenizer_has_its_bases(hub: LoopbackHub, base: str, tmp_path: Path) -> None:
+    make_tokenizer().save_pretrained(tmp_path / "t")
+    hub.put(base, {path.name: path.read_bytes() for path in (tmp_path / "t").iterdir()})
+    trained(base).save_difference(tmp_path / "d")
+    trained(base).push_to_hub("alice/m", difference=True)
+    hub.put(base, {"tokenizer_config.json": b"{}"})  # of another commit than the difference's
+    for place in (tmp_path / "d", "alice/m"):
+        assert read_tokenizer(place).chat_template == make_tokenizer().chat_template
+
+
+def test_the_bases_license_is_noted(hub: LoopbackHub, base: str, tmp_path: Path) -> None:
+    for license, noted in (("cc-by-4.0", "cc-by-4.0"), ("[a, b]", None), ("'two words'", None)):
+        hub.put(base, {"README.md": f"---\nlicense: {license}\n---\n# A base\n".encode()})
+        folder = tmp_path / license
+        trained(base).save_difference(folder)
+        assert json.loads((folder / "config.json").read_text())["difference"].get("license") == noted
 
 
 def test_the_command_line_pushes_a_difference_with_its_card_and_a_whole_model_after_it(
