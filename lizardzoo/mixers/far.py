@@ -88,9 +88,9 @@ def step_(mixer: Mixer, inputs: MixerInputs, state: Any) -> Tensor:
         return mixer.step_(inputs, state)
     turned, full = near(mixer, inputs, state)
     y = mixer.step_(inputs, turned)
-    if turned is not state:
-        held, window = mixer.window_state(state).kept_k, mixer.window_state(turned)
-        held.copy_(torch.where(full, held, window.kept_k))  # one of the first tokens may have come in
+    window, after = mixer.window_state(state), mixer.window_state(turned)
+    if turned is not state and window is not None and after is not None:
+        window.kept_k.copy_(torch.where(full, window.kept_k, after.kept_k))  # one of the first tokens may have come in
     return y
 
 

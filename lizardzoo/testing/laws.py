@@ -135,7 +135,8 @@ def the_future_changes_nothing(data: st.DataObject, spec: MixerSpec, shape: Atte
     flags = TokenFlags(None, None)
     inputs, other = (mixer_inputs(shape, 1, length, seed + i, flags) for i in range(2))
     names = ("q", "k", "v", "x")
-    mixed = inputs._replace(**{n: torch.cat([getattr(inputs, n)[:, :t], getattr(other, n)[:, t:]], 1) for n in names})
+    parts: dict[str, Any] = {n: torch.cat([getattr(inputs, n)[:, :t], getattr(other, n)[:, t:]], 1) for n in names}
+    mixed = inputs._replace(**parts)
     mixer = random_mixer(spec, shape, seed)
     assert_close(mixer(mixed)[0][:, :t], mixer(inputs)[0][:, :t], "outputs before the change")
 
@@ -166,9 +167,8 @@ def beyond_its_reach_it_sees_nothing(data: st.DataObject, spec: MixerSpec, shape
     flags = TokenFlags(None, None)
     inputs, other = (mixer_inputs(shape, 1, length, seed + i, flags) for i in range(2))
     names = ("q", "k", "v", "x")
-    mixed = inputs._replace(
-        **{n: torch.cat([getattr(other, n)[:, :old], getattr(inputs, n)[:, old:]], 1) for n in names}
-    )
+    parts: dict[str, Any] = {n: torch.cat([getattr(other, n)[:, :old], getattr(inputs, n)[:, old:]], 1) for n in names}
+    mixed = inputs._replace(**parts)
     mixer = random_mixer(spec, shape, seed)
     assert_close(mixer(mixed)[0][:, -1], mixer(inputs)[0][:, -1], "the last token's output")
 

@@ -268,7 +268,9 @@ def test_mixers_without_parameters_go_straight_to_stage_2_and_it_is_said(spec, t
     said = "the mixers have no parameters of their own, so the stage transfer has nothing to train"
     assert f"{said}: it is left out\n" in capfd.readouterr().err
     assert json.loads((train.folder / "recipe.json").read_text())["left out"] == {"transfer": said}
-    assert {path.name for path in train.folder.iterdir()} == {"final", "log.jsonl", "loss.png", "recipe.json"}
+    assert {path.name for path in train.folder.iterdir()} == {
+        "final", "log.jsonl", "loss.png", "recipe.json", "training.json",
+    }  # fmt: skip
     assert (len(train.log("transfer")), len(train.log("finetune"))) == (0, 6)
     quiet = train(lz.linearize(tiny_llama, spec), output_dir=train.folder.with_name("quiet"))
     assert capfd.readouterr() == ("", "")
