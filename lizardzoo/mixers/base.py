@@ -88,8 +88,8 @@ class MixerInputs(NamedTuple):
     def each(self, fn: Callable[[Tensor], Tensor]) -> MixerInputs:
         """`fn` of every tensor that is there."""
         values: list[Any] = [x if x is None else fn(x) for x in self[:-1]]
-        turns = self.turns and self.turns._replace(cos=fn(self.turns.cos), sin=fn(self.turns.sin))
-        return MixerInputs(*values, turns=turns)
+        values.append(self.turns and self.turns._replace(cos=fn(self.turns.cos), sin=fn(self.turns.sin)))
+        return MixerInputs(*values)
 
     def tokens(self, start: int, end: int) -> MixerInputs:
         """The same for the tokens start .. end-1."""

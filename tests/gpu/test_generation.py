@@ -43,8 +43,12 @@ def stepped(model: Any, ids: torch.Tensor, as_graph: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("name", LAYERS)
-def test_a_step_replayed_from_a_graph_is_the_step(tiny_llama: Any, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("beyond", [False, True], ids=["", "beyond the positions"])
+def test_a_step_replayed_from_a_graph_is_the_step(tiny_llama: Any, name: str, dtype: torch.dtype, beyond: bool) -> None:
+    """Also where kept tokens are turned: told that its teacher knew 24 positions, it turns them from there on."""
     model = student(tiny_llama.to(dtype), LAYERS[name]).cuda()
+    if beyond:
+        model.config.max_position_embeddings = 24
     ids = tokens(2, 40).cuda()
     eager = stepped(model, ids, as_graph=False)  # the kernels it needs are compiled here
     graph = stepped(model, ids, as_graph=True)
