@@ -27,6 +27,12 @@ def _candidates(PLACES, UNTIL, line, chunk, chunks, j, heavy, C: tl.constexpr):
 
 
 @triton.jit
+def _visible(time, since, until):
+    """Which candidates (columns) are seen at which times (rows; below 0: at none): two operations, not four."""
+    return (time[:, None] - since[None, :]).to(tl.uint32) < tl.maximum(until - since, 0).to(tl.uint32)[None, :]
+
+
+@triton.jit
 def _log_mass(LOG_MASS, place, real):
     """That of a query which sees nothing is turned round, so that its weights are 0 and not infinite."""
     log_mass = tl.load(LOG_MASS + place, mask=real, other=0.0)
@@ -71,7 +77,7 @@ def forward_kernel(
         there, index = until > since, (place + shift).to(tl.int64)
         k = _load(keys, index * skt, there, DK, BLOCK_DK)
         v = _load(values, index * svt, there, DV, BLOCK_DV)
-        visible = (time[:, None] >= since[None, :]) & (time[:, None] < until[None, :])
+        visible = _visible(time, since, until)
         peak, mass, acc = _attend(peak, mass, acc, _dot(q, tl.trans(k)) * (scale * LOG2E), visible, v)
     seen = real & (mass > 0.0)
     mass = tl.where(seen, mass, 1.0)
@@ -121,7 +127,7 @@ def query_gradient_kernel(
         there, index = until > since, (place + shift).to(tl.int64)
         k = _load(keys, index * skt, there, DK, BLOCK_DK)
         v = _load(values, index * svt, there, DV, BLOCK_DV)
-        visible = (time[:, None] >= since[None, :]) & (time[:, None] < until[None, :]) & real[:, None]
+        visible = _visible(tl.where(real, time, -1), since, until)
         dq += _dot(_score_gradient(q, k, v, dy, log_mass, delta, visible, scale).to(k.dtype), k)
     dq *= scale
     if Y is None:
