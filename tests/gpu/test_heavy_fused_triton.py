@@ -35,13 +35,13 @@ pytestmark = pytest.mark.gpu
 @pytest.fixture
 def choices(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
     """What every call chose, in order."""
-    from lizardzoo.kernels.heavy import fused  # not where Triton is missing and these tests are only collected
+    from lizardzoo.kernels.heavy import fused, ops  # not where Triton is missing and these tests are only collected
 
     found, compute = [], fused.compute
 
     def record(*arguments: Any) -> tuple[Tensor, ...]:
         outputs = compute(*arguments)
-        found.append(dict(zip(("keys", "places", "until", "following", "drawn"), outputs[2:], strict=True)))
+        found.append(ops.Choice(*outputs[2:])._asdict())
         return outputs
 
     monkeypatch.setattr(fused, "compute", record)
@@ -196,10 +196,10 @@ def test_the_window_has_its_own_choice(choices: list[Choice]) -> None:
         window_and_heavy_attention(q, k, v, window=64, heavy=70, keep=4, return_state=False, impl="triton")
         _, log_mass, _ = window_attention(q, k, v, window=64, keep=4, return_state=False, impl="triton")
         alone = ops.compute_choice(q, k, log_mass, None, None, None, None, 64, 4, 70, 0, 0.0, 64**-0.5)
-    for name, expected in zip(("keys", "places", "until", "following", "drawn"), alone, strict=True):
+    for name, expected in alone._asdict().items():
         found, there = choices[-1][name], torch.ones_like(expected, dtype=torch.bool)
         if name == "places":
-            there = alone[0] >= 0
+            there = alone.keys >= 0
         if name == "drawn":
             there[:, :64] = False  # before the text
         assert torch.equal(found[there], expected[there]), name

@@ -23,7 +23,6 @@ from lizardzoo.kernels import (
     window_attention_step,
 )
 from lizardzoo.kernels.heavy import init_state, reference
-from lizardzoo.kernels.heavy.selection import visible
 from lizardzoo.kernels.rows import arrange
 from lizardzoo.kernels.window import init_state as init_window_state
 from tests.gpu.plain import _Attend
@@ -75,9 +74,9 @@ def choices(monkeypatch: pytest.MonkeyPatch) -> list[Choice]:
 
     found, choose = [], ops.compute_choice
 
-    def record(*arguments: Any) -> tuple[Tensor, ...]:
+    def record(*arguments: Any) -> Any:
         results = choose(*arguments)
-        found.append(dict(zip(("keys", "places", "until", "following", "drawn"), results, strict=True)))
+        found.append(results._asdict())
         return results
 
     monkeypatch.setattr(ops, "compute_choice", record)
@@ -91,12 +90,13 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pairs(choice: Choice, window: int, length: int) -> Tensor:
     """[B, Hkv, T, T] bool, by slot: which query sees which key."""
-    places, until = choice["places"][:, :, :-1].long(), choice["until"]
+    places, times = choice["places"][:, :, :-1].long(), choice["times"]
     heavy, chunks = places.shape[3], places.shape[2]
-    chunk = until.shape[3] - heavy
-    own = heavy + torch.arange(chunks * chunk, device=DEVICE).view(chunks, chunk)
-    token = torch.cat([places, own.expand(*places.shape[:2], -1, -1)], -1) - heavy - window
-    seen = visible(until, heavy)
+    chunk = times.shape[3] - heavy
+    since, until, time = times >> 16, times & 0xFFFF, torch.arange(chunk, device=DEVICE)[:, None]
+    own = heavy + chunk * torch.arange(chunks, device=DEVICE)[:, None] + since[..., heavy:]
+    token = torch.cat([places, own], -1) - heavy - window
+    seen = (time >= since[..., None, :]) & (time < until[..., None, :])
     index = token[..., None, :].clamp(0, length - 1).expand(seen.shape)
     counts = torch.zeros(*seen.shape[:-1], length, dtype=torch.int32, device=DEVICE)
     return counts.scatter_add(4, index, seen.int()).flatten(2, 3)[:, :, :length] > 0
@@ -402,7 +402,7 @@ def test_a_new_length_or_size_compiles_nothing() -> None:
         results(outputs[:2], inputs)
 
     kernels = [
-        *(getattr(choice, f"{name}_kernel") for name in ("drawn", "sort", "until")),
+        *(getattr(choice, f"{name}_kernel") for name in ("drawn", "sort", "times")),
         *(getattr(attention, f"{name}_kernel") for name in ("forward", "query_gradient", "candidate_gradient")),
         attention.token_gradient_kernel,
     ]  # merging has a tile for few tokens held and one for many

@@ -129,7 +129,7 @@ def test_the_choice_is_that_of_the_reference_bit_for_bit(data: st.DataObject) ->
     q = torch.randn(2, length, 2, 4, generator=generator).round()
     k = torch.randn(2, length, 2, 4, generator=generator).round()
     log_mass = torch.zeros(2, length, 2) + 20  # any number; whole scores, so equal ones
-    keys, places, until, following, drawn = ops.compute_choice(
+    keys, places, times, following, entries, counts, drawn = ops.compute_choice(
         q, k, log_mass, None, None, None, None, window, keep, heavy, 0, 0.0, 1.0
     )
     leaves = torch.arange(length) >= window + keep
@@ -139,7 +139,16 @@ def test_the_choice_is_that_of_the_reference_bit_for_bit(data: st.DataObject) ->
     chunk = ops.CHUNK
     scores = F.pad(scores, (heavy, 0), value=-torch.inf)
     found = select(F.pad(scores, (0, -length % chunk), value=-torch.inf), heavy, chunk)
-    assert torch.equal(until, found.until)
+    since, until = times >> 16, times & 0xFFFF
+    assert torch.equal(until[..., :heavy], found.until[..., :heavy]) and (since[..., :heavy] == 0).all()
+    seen = found.until[..., heavy:] > torch.arange(chunk)  # of a chunk's own tokens, those that are held at all
+    assert torch.equal(counts, heavy + seen.sum(-1).int())
+    own = torch.where(seen, heavy + seen.cumsum(-1) - 1, -1).flatten(2)[..., :length]
+    assert torch.equal(entries, own.int())
+    for name, expected in (("since", torch.arange(chunk).expand_as(seen)), ("until", found.until[..., heavy:])):
+        compact = {"since": since, "until": until}[name][..., heavy:]
+        filled = torch.arange(chunk) < seen.sum(-1, keepdim=True)
+        assert torch.equal(compact[filled], expected[seen].int()) and (compact[~filled] == 0).all(), name
     there = keys[:, :, :-1] >= 0
     held = scores.gather(2, found.held.flatten(2).clamp(max=scores.shape[2] - 1)).view(found.held.shape)
     assert torch.equal(there, held > -torch.inf)
@@ -147,8 +156,8 @@ def test_the_choice_is_that_of_the_reference_bit_for_bit(data: st.DataObject) ->
     assert torch.equal(places[:, :, -1][found.any_last].long(), found.last[found.any_last])
     assert torch.equal(keys[:, :, -1] >= 0, found.any_last)
     # where a candidate stands in the next chunk
-    own = heavy + torch.arange(places.shape[2] - 1)[:, None] * chunk + torch.arange(chunk)
-    candidates = torch.cat([places[:, :, :-1], own.expand(2, 2, -1, -1)], -1)
+    own = heavy + torch.arange(places.shape[2] - 1)[:, None] * chunk + since[..., heavy:]
+    candidates = torch.cat([places[:, :, :-1], own], -1)
     after = places[:, :, 1:].gather(3, following.clamp(min=0).long())
     assert torch.equal(after[following >= 0], candidates[following >= 0].int())
     assert torch.equal((following >= 0).sum(-1), (keys[:, :, 1:] >= 0).sum(-1))
@@ -293,8 +302,8 @@ def test_the_ops_keep_what_torch_asks_of_them() -> None:
     chosen = (q.detach(), k.detach(), torch.zeros(1, 20, 2), None, None)
     for flags in ((None, None), (first, torch.tensor([18], dtype=torch.int32))):
         torch.library.opcheck(ops._choice, (*chosen, *flags, 5, 2, 3, 0, 0.1, 0.5))
-    _, places, until, following, _ = ops.compute_choice(*chosen, None, None, 5, 2, 3, 0, 0.1, 0.5)
-    torch.library.opcheck(ops._attention, (q, k, v, places, until, following, None, -8, 0.5))
+    found = ops.compute_choice(*chosen, None, None, 5, 2, 3, 0, 0.1, 0.5)
+    torch.library.opcheck(ops._attention, (q, k, v, *found.candidates, None, -8, 0.5))
     past = init_window_state(1, 1, 4, 5, 2, torch.float32, "cpu")
     state = init_state(1, 1, 4, 5, 3, torch.float32, "cpu")
     one = [x.detach()[:, :1] for x in (q, k, v)]

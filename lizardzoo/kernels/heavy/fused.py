@@ -24,14 +24,14 @@ from lizardzoo.kernels.window.state import next_state
 check = ops.check
 SIGNATURE = window_ops.SIGNATURE
 NUMBERS = "SymInt window, SymInt keep, SymInt heavy, SymInt offset"
-OUTPUTS = 7
+OUTPUTS = 2 + len(ops.Choice._fields)
 
 
 def _launch(q, k, v, sink, first, lengths, before, past, window, keep, heavy, offset, fade, scale):
     near = window_ops.attend(q, k, v, sink, first, lengths, window, keep, offset, scale)
     choice = ops.choose(q, k, near[1], before, past, first, lengths, window, keep, heavy, offset, fade, scale)
-    _, places, until, following, _ = choice
-    found = ops.attend(q, k, v, places, until, following, lengths, offset - heavy - window, scale, near)
+    shift = offset - heavy - window
+    found = ops.attend(q, k, v, *choice.candidates, lengths, shift, scale, near)  # type: ignore[call-arg]
     return *found, *choice
 
 
@@ -62,24 +62,28 @@ def _(q, k, v, sink, first, lengths, before, past, window, keep, heavy, offset, 
 
 
 def _gradients(
-    q, k, v, sink, first, lengths, places, until, following, y, log_mass, dy, dlog_mass, window, keep, heavy, offset,
-    scale,
+    q, k, v, sink, first, lengths, places, times, following, entries, counts, y, log_mass, dy, dlog_mass, window, keep,
+    heavy, offset, scale,
 ):  # fmt: skip
     near = window_ops.gradients(q, k, v, sink, first, lengths, y, log_mass, dy, dlog_mass, window, keep, offset, scale)
-    chosen = (places, until, following, lengths)
-    whole = ops.gradients(q, k, v, *chosen, y, log_mass, dy, dlog_mass, offset - heavy - window, scale, near)
+    whole = ops.gradients(
+        q, k, v, places, times, following, entries, counts, lengths, y, log_mass, dy, dlog_mass,
+        offset - heavy - window, scale, near,
+    )  # fmt: skip
     return *whole, None if sink is None else near[3]
 
 
 _backward = prepared(_gradients)
 
 
-def compute_backward(q, k, v, sink, first, lengths, places, until, following, y, log_mass, dy, dlog_mass, *numbers):
+def compute_backward(
+    q, k, v, sink, first, lengths, places, times, following, entries, counts, y, log_mass, dy, dlog_mass, *numbers
+):
     """Gradients of q, k, v, and of sink (empty without one)."""
     dlog_mass = None if dlog_mass is None else dlog_mass.contiguous()
     dq, dk, dv, delta = _backward(
-        unit_stride(q), unit_stride(k), unit_stride(v), sink, first, lengths, places, until, following, y, log_mass,
-        dy.contiguous(), dlog_mass, *numbers,
+        unit_stride(q), unit_stride(k), unit_stride(v), sink, first, lengths, places, times, following, entries, counts,
+        y, log_mass, dy.contiguous(), dlog_mass, *numbers,
     )  # fmt: skip
     dsink = window_ops.sink_gradient(sink, log_mass, delta)
     return dq, dk, dv, q.new_empty(0, dtype=torch.float32) if dsink is None else dsink
@@ -89,8 +93,8 @@ _backward_operator = torch.library.custom_op(
     "lizardzoo::window_and_heavy_attention_backward",
     compute_backward,
     mutates_args=(),
-    schema=f"({SIGNATURE}, Tensor places, Tensor until, Tensor following, Tensor y, Tensor log_mass, Tensor dy,"
-    f" Tensor? dlog_mass, {NUMBERS}, float scale) -> (Tensor, Tensor, Tensor, Tensor)",
+    schema=f"({SIGNATURE}, {ops.CANDIDATES}, Tensor y, Tensor log_mass, Tensor dy, Tensor? dlog_mass, {NUMBERS},"
+    " float scale) -> (Tensor, Tensor, Tensor, Tensor)",
 )
 
 
@@ -102,10 +106,10 @@ def _(q, k, v, sink, *_):
 
 def _setup_context(ctx, inputs, output):
     q, k, v, sink, first, lengths, _, _, *sizes, _, scale = inputs
-    y, log_mass, keys, places, until, following, drawn = output
+    y, log_mass, *choice = output
     ctx.numbers = (*sizes, scale)
-    ctx.save_for_backward(q, k, v, sink, first, lengths, places, until, following, y, log_mass)
-    ctx.mark_non_differentiable(keys, places, until, following, drawn)
+    ctx.save_for_backward(q, k, v, sink, first, lengths, *ops.Choice(*choice).candidates, y, log_mass)
+    ctx.mark_non_differentiable(*choice)
     ctx.set_materialize_grads(False)
 
 
@@ -153,7 +157,7 @@ def joint_chunked(
         run: Any = _attention
     else:
         run = _Attention.apply if torch.is_grad_enabled() else compute
-    y, log_mass, keys, places, _, _, drawn = run(
+    y, log_mass, *choice = run(
         q, *placed[:5], before, keys_before, window, keep, heavy, placed.offset, float(fade), float(scale)
     )
     new_past = new_state = None
@@ -161,7 +165,7 @@ def joint_chunked(
         new_past = next_state(k, v, rows, past, window, keep)
         shift = placed.offset - heavy - window
         new_state = ops.held_after(
-            placed.k, placed.v, keys, places, drawn.detach(), rows, placed.first, seen, ranks, window, shift
+            placed.k, placed.v, ops.Choice(*choice), rows, placed.first, seen, ranks, window, shift
         )
     if rows is not None:
         y, log_mass = rows.unpack(y), rows.unpack(log_mass)

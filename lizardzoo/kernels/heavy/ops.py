@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ TILES = {
     "drawn": {(2, 64): (64, 64, 4, 3), (2, 128): (64, 64, 4, 2), (2, 256): (64, 64, 8, 1),
               (4, 64): (32, 32, 4, 2), (4, 128): (32, 32, 8, 1), (4, 256): (16, 16, 4, 1)},
     "forward": {(2, 64): (64, 32, 4, 3), (2, 128): (64, 32, 4, 3), (2, 256): (64, 32, 8, 2),
-                (4, 64): (64, 32, 8, 2), (4, 128): (32, 32, 8, 2), (4, 256): (16, 16, 4, 1)},
+                (4, 64): (64, 32, 8, 2), (4, 128): (32, 32, 8, 2), (4, 256): (16, 16, 8, 1)},
     "query": {(2, 64): (64, 32, 4, 3), (2, 128): (64, 32, 4, 2), (2, 256): (32, 32, 8, 1),
               (4, 64): (32, 32, 8, 1), (4, 128): (16, 16, 8, 1), (4, 256): (16, 16, 8, 1)},
     "candidate": {(2, 64): (64, 64, 4, 2), (2, 128): (32, 64, 4, 2), (2, 256): (32, 32, 8, 1),
@@ -58,19 +58,39 @@ def _sizes(q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     return sizes | {"BLOCK_DK": power_of_2(q.shape[3]), "BLOCK_DV": power_of_2(v.shape[3]), "C": CHUNK}
 
 
+class Choice(NamedTuple):
+    """Who is held when; N chunks of C tokens.
+
+    Attributes:
+        keys, places: [B, Hkv, N + 1, heavy], of what is held when each chunk begins, and behind all.
+        times, following: [B, Hkv, N, heavy + C] int32, of each chunk's candidates; see `triton_choice.times_kernel`.
+        entries: [B, Hkv, T] int32, which candidate of its own chunk the token at each slot of the stream is.
+        counts: [B, Hkv, N] int32, of candidates.
+        drawn: [B, window + T, Hkv], of the state's window and the new tokens.
+    """
+
+    keys: Any
+    places: Any
+    times: Any
+    following: Any
+    entries: Any
+    counts: Any
+    drawn: Any
+
+    @property
+    def candidates(self) -> tuple[Any, ...]:
+        """What attention to them reads: places, times, following, entries, counts."""
+        return self[1:6]
+
+
 def choose(q, k, log_mass, before, past, first, lengths, window, keep, heavy, offset, fade, scale):
-    """Who is held when; in a `prepared` function.
+    """A `Choice`; in a `prepared` function.
 
     Args:
         q, k, log_mass: [B, T, H, D], [B, offset + T, Hkv, D], with `unit_stride`; [B, T, H] fp32.
         before: [B, window, Hkv], what the state's tokens have drawn, oldest first.
         past: [B, Hkv, heavy], keys of what the state holds, best first (see `triton_choice.py`).
         first, lengths: see `window.ops.bounds`.
-
-    Returns:
-        keys, places: [B, Hkv, N + 1, heavy], of what is held when each of N chunks begins, and behind all.
-        until, following: [B, Hkv, N, heavy + C] int32: `Selection.until`; which candidate of the next chunk each is.
-        drawn: [B, window + T, Hkv], of the state's window and the new tokens.
     """
     batch, count, heads, dim = q.shape
     kv_heads, documents = k.shape[2], first is not None and first.ndim == 2
@@ -103,14 +123,14 @@ def choose(q, k, log_mass, before, past, first, lengths, window, keep, heavy, of
         )  # fmt: skip
         keys, places, other_keys, other_places = other_keys, other_places, keys, places
         reach *= 2
-    until, following = (integers((batch, kv_heads, chunks, heavy + CHUNK)) for _ in range(2))
-    tile = 16 if INTERPRETED else 32
+    times, following = (integers((batch, kv_heads, chunks, heavy + CHUNK)) for _ in range(2))
+    entries, counts = integers((batch, kv_heads, count)), integers((batch, kv_heads, chunks))
     launch(
-        choice.until_kernel, (lines * chunks * _cdiv(heavy + CHUNK, tile),),
-        (stream, keys, first, until, following), (count, heavy),
-        {"HKV": kv_heads, "DOCUMENTS": documents, "C": CHUNK, "J": tile}, num_warps=1,
+        choice.times_kernel, (lines * chunks * (_cdiv(heavy, CHUNK) + 1),),
+        (stream, keys, first, times, following, entries, counts), (count, heavy),
+        {"HKV": kv_heads, "DOCUMENTS": documents, "C": CHUNK}, num_warps=4,
     )  # fmt: skip
-    return keys, places, until, following, drawn
+    return Choice(keys, places, times, following, entries, counts, drawn)
 
 
 _choose = prepared(choose)
@@ -118,7 +138,7 @@ _choose = prepared(choose)
 
 def compute_choice(q, k, *rest):
     """What `choose` gives, of one call."""
-    return _choose(unit_stride(q), unit_stride(k), *rest)
+    return Choice(*_choose(unit_stride(q), unit_stride(k), *rest))
 
 
 _choice = torch.library.custom_op(
@@ -127,7 +147,7 @@ _choice = torch.library.custom_op(
     mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor log_mass, Tensor? before, Tensor? past, Tensor? first, Tensor? lengths,"
     " SymInt window, SymInt keep, SymInt heavy, SymInt offset, float fade, float scale)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f" -> ({', '.join(['Tensor'] * len(Choice._fields))})",
 )
 
 
@@ -137,9 +157,9 @@ def fake_choice(q, k, first, window, heavy):
     chunks = (count + CHUNK - 1) // CHUNK
     whole = torch.int64 if first is not None and first.ndim == 2 else torch.int32
     lists, candidates = (batch, kv_heads, chunks + 1, heavy), (batch, kv_heads, chunks, heavy + CHUNK)
-    found = [q.new_empty(shape, dtype=torch.int32) for shape in (lists, candidates, candidates)]
+    shapes = (lists, candidates, candidates, (batch, kv_heads, count), (batch, kv_heads, chunks))
     drawn = q.new_empty((batch, window + count, kv_heads), dtype=torch.float32)
-    return q.new_empty(lists, dtype=whole), *found, drawn
+    return q.new_empty(lists, dtype=whole), *(q.new_empty(shape, dtype=torch.int32) for shape in shapes), drawn
 
 
 @_choice.register_fake
@@ -147,7 +167,7 @@ def _(q, k, log_mass, before, past, first, lengths, window, keep, heavy, *_):
     return fake_choice(q, k, first, window, heavy)
 
 
-def attend(q, k, v, places, until, following, lengths, shift, scale, near=(None, None)):
+def attend(q, k, v, places, times, following, entries, counts, lengths, shift, scale, near=(None, None)):
     """y, log_mass of q [B, T, H, D] on what `choose` found; place p is row p + shift of k and v; `prepared`.
 
     near: y, log_mass of other keys under the same denominator.
@@ -157,7 +177,7 @@ def attend(q, k, v, places, until, following, lengths, shift, scale, near=(None,
     tiles, options = _tiles("forward", q, v)
     launch(
         kernels.forward_kernel, (batch * kv_heads * (lists - 1) * _cdiv(CHUNK * (heads // kv_heads), tiles["M"]),),
-        (q, k, v, places, until, lengths, *near, y, log_mass),
+        (q, k, v, places, times, counts, lengths, *near, y, log_mass),
         (count, heavy, shift, scale, *strides(q, k, v)), {**_sizes(q, k, v), **tiles}, **options,
     )  # fmt: skip
     return y, log_mass
@@ -171,7 +191,8 @@ def compute(q, k, v, *rest):
     return _attend(unit_stride(q), unit_stride(k), unit_stride(v), *rest)
 
 
-SIGNATURE = "Tensor q, Tensor k, Tensor v, Tensor places, Tensor until, Tensor following, Tensor? lengths"
+CANDIDATES = "Tensor places, Tensor times, Tensor following, Tensor entries, Tensor counts"
+SIGNATURE = f"Tensor q, Tensor k, Tensor v, {CANDIDATES}, Tensor? lengths"
 _attention = torch.library.custom_op(
     "lizardzoo::heavy_attention",
     compute,
@@ -181,11 +202,13 @@ _attention = torch.library.custom_op(
 
 
 @_attention.register_fake
-def _(q, k, v, places, until, following, lengths, shift, scale):
+def _(q, k, v, *_):
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def gradients(q, k, v, places, until, following, lengths, y, log_mass, dy, dlog_mass, shift, scale, near=None):
+def gradients(
+    q, k, v, places, times, following, entries, counts, lengths, y, log_mass, dy, dlog_mass, shift, scale, near=None
+):
     """Gradients of q, k and v, which have `unit_stride`; the others are contiguous; `prepared`.
 
     near: what other keys under the same denominator give to dq, dk and dv, which is added to in its place, and delta;
@@ -202,20 +225,21 @@ def gradients(q, k, v, places, until, following, lengths, y, log_mass, dy, dlog_
     tiles, options = _tiles("query", q, v)
     launch(
         kernels.query_gradient_kernel, (lines * chunks * _cdiv(CHUNK * (heads // kv_heads), tiles["M"]),),
-        (q, k, v, places, until, lengths, y, log_mass, dy, dlog_mass, delta, dq), numbers, {**sizes, **tiles},
+        (q, k, v, places, times, counts, lengths, y, log_mass, dy, dlog_mass, delta, dq), numbers, {**sizes, **tiles},
         **options,
     )  # fmt: skip
-    part_k, part_v = (x.new_empty((*until.shape, x.shape[3]), dtype=torch.float32) for x in (k, v))  # of each chunk
+    part_k, part_v = (x.new_empty((*times.shape, x.shape[3]), dtype=torch.float32) for x in (k, v))  # of each chunk
     tiles, options = _tiles("candidate", q, v)
     launch(
         kernels.candidate_gradient_kernel, (lines * chunks * _cdiv(heavy + CHUNK, tiles["N"]),),
-        (q, k, v, places, until, lengths, log_mass, dy, delta, part_k, part_v), numbers, {**sizes, **tiles}, **options,
+        (q, k, v, places, times, counts, lengths, log_mass, dy, delta, part_k, part_v), numbers, {**sizes, **tiles},
+        **options,
     )  # fmt: skip
     tile = 16 if INTERPRETED or max(sizes["BLOCK_DK"], sizes["BLOCK_DV"]) > 128 else 32
     sizes.pop("G")
     launch(
         kernels.token_gradient_kernel, (lines * _cdiv(total, tile),),
-        (following, part_k, part_v, dk, dv), (count, heavy, shift, total),
+        (following, entries, part_k, part_v, dk, dv), (count, heavy, shift, total),
         {**sizes, "N": tile, "ADD": near is not None}, num_warps=4,
     )  # fmt: skip
     return dq, dk, dv
@@ -224,11 +248,11 @@ def gradients(q, k, v, places, until, following, lengths, y, log_mass, dy, dlog_
 _gradients = prepared(gradients)
 
 
-def compute_backward(q, k, v, places, until, following, lengths, y, log_mass, dy, dlog_mass, *numbers):
+def compute_backward(q, k, v, places, times, following, entries, counts, lengths, y, log_mass, dy, dlog_mass, *numbers):
     """Gradients of q, k and v, of one call."""
     dlog_mass = None if dlog_mass is None else dlog_mass.contiguous()
     return _gradients(
-        unit_stride(q), unit_stride(k), unit_stride(v), places, until, following, lengths, y, log_mass,
+        unit_stride(q), unit_stride(k), unit_stride(v), places, times, following, entries, counts, lengths, y, log_mass,
         dy.contiguous(), dlog_mass, *numbers,
     )  # fmt: skip
 
@@ -243,7 +267,7 @@ _backward = torch.library.custom_op(
 
 
 @_backward.register_fake
-def _(q, k, v, places, until, following, lengths, y, log_mass, dy, dlog_mass, shift, scale):
+def _(q, k, v, *_):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -256,7 +280,7 @@ def _setup_context(ctx, inputs, output):
 def _autograd(backward, ctx, dy, dlog_mass):
     *tensors, y, log_mass = ctx.saved_tensors
     dy = torch.zeros_like(y) if dy is None else dy
-    return *backward(*tensors, y, log_mass, dy, dlog_mass, ctx.shift, ctx.scale), *[None] * 6
+    return *backward(*tensors, y, log_mass, dy, dlog_mass, ctx.shift, ctx.scale), *[None] * 8
 
 
 _attention.register_autograd(partial(_autograd, _backward), setup_context=_setup_context)
@@ -302,28 +326,28 @@ def chunked(q, k, v, log_mass, window, keep, heavy, fade, scale, mask, starts, p
     shift = offset - heavy - window
     compiling = torch.compiler.is_compiling()
     with torch.no_grad():
-        keys, places, until, following, drawn = (_choice if compiling else compute_choice)(
+        found = Choice(*(_choice if compiling else compute_choice)(
             q.detach(), k.detach(), log_mass.detach().float().contiguous(), before, keys_before, first, lengths, window,
             keep, heavy, offset, float(fade), float(scale),
-        )  # fmt: skip
+        ))  # fmt: skip
     run = _attention if compiling else _Attention.apply
-    y, mass = run(q, k, v, places, until, following, lengths, shift, float(scale))
+    y, mass = run(q, k, v, *found.candidates, lengths, shift, float(scale))
 
     new_state = None
     if return_state:
-        new_state = held_after(k, v, keys, places, drawn, rows, first, seen, ranks, window, shift)
+        new_state = held_after(k, v, found, rows, first, seen, ranks, window, shift)
     if rows is not None:
         y, mass = rows.unpack(y), rows.unpack(mass)
     return y, mass, new_state
 
 
-def held_after(k, v, keys, places, drawn, rows, first, seen, ranks, window, shift):
+def held_after(k, v, found, rows, first, seen, ranks, window, shift):
     """The state behind a call, of what `choose` gave; place p is row p + shift of k and v.
 
     seen [B], ranks [B, heavy, Hkv] as `by_score` has them: of the state before, None without one.
     """
-    heavy, count = keys.shape[3], drawn.shape[1] - window
-    last, best = places[:, :, -1].transpose(1, 2).long(), keys[:, :, -1].transpose(1, 2)  # [B, heavy, Hkv]
+    heavy, count = found.keys.shape[3], found.drawn.shape[1] - window
+    last, best = found.places[:, :, -1].transpose(1, 2).long(), found.keys[:, :, -1].transpose(1, 2)
     if seen is None:
         seen = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
     began, length = last_document(rows, count, seen)
@@ -335,11 +359,11 @@ def held_after(k, v, keys, places, drawn, rows, first, seen, ranks, window, shif
     if ranks is not None:
         rank = torch.where(last < heavy, ranks.gather(1, last.clamp(0, heavy - 1)), rank)
     index = (last + shift).clamp(0, k.shape[1] - 1)
-    return next_state(k, v, index, score, rank, drawn, began, length, window)
+    return next_state(k, v, index, score, rank, found.drawn.detach(), began, length, window)
 
 
 def keys_of(score: Tensor, documents: bool) -> Tensor:
-    """What `triton_choice.py` compares, [B, Hkv, heavy], of scores [B, heavy, Hkv]; -inf: nothing is held."""
+    """What `triton_found.py` compares, [B, Hkv, heavy], of scores [B, heavy, Hkv]; -inf: nothing is held."""
     keys = score.float().contiguous().view(torch.int32)
     keys = torch.where(score == float("-inf"), -1, keys.clamp(min=0)).transpose(1, 2).contiguous()
     return keys.long() if documents else keys

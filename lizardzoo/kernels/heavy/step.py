@@ -6,70 +6,79 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lizardzoo.kernels.heavy import ops, triton_step
-from lizardzoo.kernels.launching import power_of_2, unit_stride
-from lizardzoo.kernels.merge import joint
-from lizardzoo.kernels.state import writable
+from lizardzoo.kernels.heavy import fused, ops, triton_step
+from lizardzoo.kernels.launching import launch, power_of_2, prepared, unit_stride
+from lizardzoo.kernels.state import overwriting, writable
 from lizardzoo.kernels.window import ops as window_ops
 
 check = ops.check
 
 
+@prepared
 def _launch(
     q, k, v, given, ring_k, ring_v, kept_k, kept_v, length, held_k, held_v, score, rank, drawn, sinks, mask, fade, scale
 ):  # fmt: skip
-    """y, log_mass of the (contiguous) states, which move on in place but for the length."""
-    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    sinks, mask, given = (None if x is None else x.contiguous() for x in (sinks, mask, given))
     (batch, _, heads, dim), kv_heads = q.shape, k.shape[2]
-    y = torch.empty(batch, 1, heads, v.shape[3], dtype=q.dtype, device=q.device)
-    log_mass = torch.empty(batch, 1, heads, dtype=torch.float32, device=q.device)
+    y, log_mass = q.new_empty((batch, 1, heads, v.shape[3])), q.new_empty((batch, 1, heads), dtype=torch.float32)
     blocks = {"BLOCK_DK": power_of_2(dim), "BLOCK_DV": power_of_2(v.shape[3])}
     wide = max(blocks.values()) * q.element_size()  # N: what the shared memory holds, two stages
-    with torch.cuda.device_of(q):  # Triton launches on the current one
-        triton_step.step_kernel[(batch * kv_heads,)](
-            q, k, v, given, ring_k, ring_v, kept_k, kept_v, length, held_k, held_v, score, rank, drawn, sinks, mask,
-            y, log_mass, ring_k.shape[1], kept_k.shape[1], held_k.shape[1], 0 if sinks is None else sinks.shape[-1],
-            fade, scale, *(x.stride(axis) for x in (q, k, v) for axis in (0, 2)),
-            0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], HKV=kv_heads, G=heads // kv_heads, DK=dim,
-            DV=v.shape[3], **blocks, M=power_of_2(heads // kv_heads),
-            N=16 if ops.INTERPRETED else min(64, max(16, 8192 // wide)), R=window_ops.KEPT_BLOCK,
-            H=16 if ops.INTERPRETED else 256, num_warps=8 if wide > 512 else 4, num_stages=2,
-        )  # fmt: skip
+    pointers = (
+        q, k, v, given, ring_k, ring_v, kept_k, kept_v, length, held_k, held_v, score, rank, drawn, sinks, mask, y,
+        log_mass,
+    )  # fmt: skip
+    numbers = (
+        ring_k.shape[1], kept_k.shape[1], held_k.shape[1], 0 if sinks is None else sinks.shape[-1], fade, scale,
+        *(x.stride(axis) for x in (q, k, v) for axis in (0, 2)),
+        0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1],
+    )  # fmt: skip
+    constants = {
+        "HKV": kv_heads, "G": heads // kv_heads, "DK": dim, "DV": v.shape[3], **blocks,
+        "M": power_of_2(heads // kv_heads), "N": 16 if ops.INTERPRETED else min(64, max(16, 8192 // wide)),
+        "R": window_ops.KEPT_BLOCK, "H": 16 if ops.INTERPRETED else 256,
+    }  # fmt: skip
+    launch(
+        triton_step.step_kernel, (batch * kv_heads,), pointers, numbers, constants, num_warps=8 if wide > 512 else 4,
+        num_stages=2,
+    )  # fmt: skip
     return y, log_mass
 
 
-@torch.library.custom_op(
-    "lizardzoo::heavy_attention_step", mutates_args=("held_k", "held_v", "score", "rank", "drawn")
-)  # fmt: skip
-def _heavy_step(
+def compute_step(
     q: Tensor, k: Tensor, v: Tensor, given: Tensor, ring_k: Tensor, ring_v: Tensor, kept_k: Tensor, kept_v: Tensor,
     length: Tensor, held_k: Tensor, held_v: Tensor, score: Tensor, rank: Tensor, drawn: Tensor, mask: Tensor | None,
     fade: float, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y, log_mass behind the window's log_mass; heavy attention's own state moves on in place."""
+    """y, log_mass behind the window's log_mass; heavy attention's own (contiguous) state moves on in place."""
+    q, k, v, mask = unit_stride(q), unit_stride(k), unit_stride(v), None if mask is None else mask.contiguous()
     return _launch(
-        q, k, v, given, ring_k, ring_v, kept_k, kept_v, length, held_k, held_v, score, rank, drawn, None, mask, fade,
-        scale,
+        q, k, v, given.contiguous(), ring_k, ring_v, kept_k, kept_v, length, held_k, held_v, score, rank, drawn, None,
+        mask, fade, scale,
     )  # fmt: skip
 
 
-@torch.library.custom_op(
-    "lizardzoo::window_and_heavy_step",
-    mutates_args=("ring_k", "ring_v", "kept_k", "kept_v", "length", "held_k", "held_v", "score", "rank", "drawn"),
-)
-def _joint_step(
+def compute_joint_step(
     q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, kept_k: Tensor, kept_v: Tensor, length: Tensor,
     held_k: Tensor, held_v: Tensor, score: Tensor, rank: Tensor, drawn: Tensor, sinks: Tensor | None,
     mask: Tensor | None, fade: float, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y, log_mass of the window and of heavy attention together; both states move on in place."""
+    """y, log_mass of the window and of heavy attention together; both (contiguous) states move on in place."""
+    q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
+    sinks, mask = (None if x is None else x.contiguous() for x in (sinks, mask))
     y, log_mass = _launch(
         q, k, v, None, ring_k, ring_v, kept_k, kept_v, length, held_k, held_v, score, rank, drawn, sinks, mask, fade,
         scale,
     )  # fmt: skip
     length += 1 if mask is None else mask[:, 0]
     return y, log_mass
+
+
+HELD = ("held_k", "held_v", "score", "rank", "drawn")
+_heavy_step = torch.library.custom_op("lizardzoo::heavy_attention_step", compute_step, mutates_args=HELD)
+_joint_step = torch.library.custom_op(
+    "lizardzoo::window_and_heavy_step",
+    compute_joint_step,
+    mutates_args=("ring_k", "ring_v", "kept_k", "kept_v", "length", *HELD),
+)
 
 
 @_heavy_step.register_fake
@@ -92,15 +101,20 @@ def step(q, k, v, log_mass, keep, fade, scale, mask, past, state, in_place):
         return ops.chunked(q, k, v, log_mass, *sizes, fade, scale, mask, None, past, state, True)
     state = writable(ops.OP, state, in_place)
     past = tuple(x.contiguous() for x in past)
-    return *_heavy_step(q, k, v, log_mass.float(), *past, *state, mask, float(fade), float(scale)), state
+    found = overwriting(
+        _heavy_step, compute_step, state, q, k, v, log_mass.float(), *past, *state, mask, float(fade), float(scale)
+    )
+    return *found, state
 
 
 def joint_step(q, k, v, keep, fade, sinks, scale, mask, past, state, in_place):
     """One token of both branches; see `lizardzoo.kernels.heavy.window_and_heavy_step`."""
     if _learns(q, k, v, sinks, *past, *state):
-        *near, new_past = window_ops.step(q, k, v, keep, sinks, scale, mask, past, False)
-        *far, new_state = step(q, k, v, near[1], keep, fade, scale, mask, past, state, False)
-        y, log_mass = joint([near, far])
-        return y.to(q.dtype), log_mass, new_past, new_state
+        sizes = past.k.shape[1], keep, state.k.shape[1]
+        return fused.joint_chunked(q, k, v, *sizes, fade, sinks, scale, mask, None, past, state, True)
     past, state = writable(ops.OP, past, in_place), writable(ops.OP, state, in_place)
-    return *_joint_step(q, k, v, *past, *state, sinks, mask, float(fade), float(scale)), past, state
+    both = (past, state)
+    found = overwriting(
+        _joint_step, compute_joint_step, both, q, k, v, *past, *state, sinks, mask, float(fade), float(scale)
+    )
+    return *found, past, state

@@ -1,7 +1,8 @@
 """Triton kernels of heavy attention: forward and backward, chunk by chunk. `ops.py` launches them.
 
-The candidates of a chunk of C tokens are the `heavy` that were held when it began and the C that join in it; each is
-seen from its own time until another one (see `selection.py`). Place p is row p + `shift` of K and V.
+The candidates of a chunk of C tokens are the `heavy` that were held when it began and those that join in it and are
+seen at all, which is often few of C; each is seen from its own time until another one (see `selection.py`, and
+`times_kernel` for TIMES, NEXT, ENTRIES and COUNTS). Place p is row p + `shift` of K and V.
 
 As in `window/triton.py` a tile holds M of the C * G query rows of a key head.
 """
@@ -18,12 +19,19 @@ SIZES = ["count", "heavy", "shift", "total"]
 
 
 @triton.jit
-def _candidates(PLACES, UNTIL, line, chunk, chunks, j, heavy, C: tl.constexpr):
+def _candidates(PLACES, TIMES, line, chunk, chunks, j, heavy, C: tl.constexpr):
     """Of candidates j of a chunk: their places, and since and until which of its tokens they are seen."""
-    until = tl.load(UNTIL + (line * chunks + chunk) * (heavy + C) + j, mask=j < heavy + C, other=0)
+    times = tl.load(TIMES + (line * chunks + chunk) * (heavy + C) + j, mask=j < heavy + C, other=0)
+    since = times >> 16
     place = tl.load(PLACES + (line * (chunks + 1) + chunk) * heavy + j, mask=j < heavy, other=0)
-    place = tl.where(j < heavy, place, chunk * C + j)
-    return place, tl.maximum(j - heavy, 0), until
+    place = tl.where(j < heavy, place, heavy + chunk * C + since)
+    return place, since, times & 0xFFFF
+
+
+@triton.jit
+def _visible(time, since, until):
+    """Which candidates (columns) are seen at which times (rows; below 0: at none): two operations, not four."""
+    return (time[:, None] - since[None, :]).to(tl.uint32) < tl.maximum(until - since, 0).to(tl.uint32)[None, :]
 
 
 @triton.jit
@@ -35,7 +43,7 @@ def _log_mass(LOG_MASS, place, real):
 
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
-    Q, K, V, PLACES, UNTIL, LENGTHS, NEAR_Y, NEAR_MASS, Y, LOG_MASS, count, heavy, shift, scale,
+    Q, K, V, PLACES, TIMES, COUNTS, LENGTHS, NEAR_Y, NEAR_MASS, Y, LOG_MASS, count, heavy, shift, scale,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh,
     HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
     BLOCK_DV: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -65,13 +73,13 @@ def forward_kernel(
         peak = tl.load(NEAR_MASS + place_q, mask=real, other=float("-inf")) * LOG2E
         mass = tl.full([M], 1.0, tl.float32)
         acc = _load(NEAR_Y, place_q * DV, real, DV, BLOCK_DV).to(tl.float32)
-    stop = heavy + tl.minimum((tile * M + M - 1) // G + 1, C)
+    stop = tl.minimum(tl.load(COUNTS + line * chunks + chunk), heavy + (tile * M + M - 1) // G + 1)
     for j0 in range(0, stop, N):
-        place, since, until = _candidates(PLACES, UNTIL, line, chunk, chunks, j0 + tl.arange(0, N), heavy, C)
+        place, since, until = _candidates(PLACES, TIMES, line, chunk, chunks, j0 + tl.arange(0, N), heavy, C)
         there, index = until > since, (place + shift).to(tl.int64)
         k = _load(keys, index * skt, there, DK, BLOCK_DK)
         v = _load(values, index * svt, there, DV, BLOCK_DV)
-        visible = (time[:, None] >= since[None, :]) & (time[:, None] < until[None, :])
+        visible = _visible(time, since, until)
         peak, mass, acc = _attend(peak, mass, acc, _dot(q, tl.trans(k)) * (scale * LOG2E), visible, v)
     seen = real & (mass > 0.0)
     mass = tl.where(seen, mass, 1.0)
@@ -82,7 +90,7 @@ def forward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def query_gradient_kernel(
-    Q, K, V, PLACES, UNTIL, LENGTHS, Y, LOG_MASS, DY, DLOG_MASS, DELTA, DQ, count, heavy, shift, scale,
+    Q, K, V, PLACES, TIMES, COUNTS, LENGTHS, Y, LOG_MASS, DY, DLOG_MASS, DELTA, DQ, count, heavy, shift, scale,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh,
     HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
     BLOCK_DV: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
@@ -115,13 +123,13 @@ def query_gradient_kernel(
     keys, values = K + b * skb + head * skh, V + b * svb + head * svh
 
     dq = tl.zeros([M, BLOCK_DK], tl.float32)
-    stop = heavy + tl.minimum((tile * M + M - 1) // G + 1, C)
+    stop = tl.minimum(tl.load(COUNTS + line * chunks + chunk), heavy + (tile * M + M - 1) // G + 1)
     for j0 in range(0, stop, N):
-        place, since, until = _candidates(PLACES, UNTIL, line, chunk, chunks, j0 + tl.arange(0, N), heavy, C)
+        place, since, until = _candidates(PLACES, TIMES, line, chunk, chunks, j0 + tl.arange(0, N), heavy, C)
         there, index = until > since, (place + shift).to(tl.int64)
         k = _load(keys, index * skt, there, DK, BLOCK_DK)
         v = _load(values, index * svt, there, DV, BLOCK_DV)
-        visible = (time[:, None] >= since[None, :]) & (time[:, None] < until[None, :]) & real[:, None]
+        visible = _visible(tl.where(real, time, -1), since, until)
         dq += _dot(_score_gradient(q, k, v, dy, log_mass, delta, visible, scale).to(k.dtype), k)
     dq *= scale
     if Y is None:
@@ -131,12 +139,14 @@ def query_gradient_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def candidate_gradient_kernel(
-    Q, K, V, PLACES, UNTIL, LENGTHS, LOG_MASS, DY, DELTA, PART_K, PART_V, count, heavy, shift, scale,
+    Q, K, V, PLACES, TIMES, COUNTS, LENGTHS, LOG_MASS, DY, DELTA, PART_K, PART_V, count, heavy, shift, scale,
     sqb, sqt, sqh, skb, skt, skh, svb, svt, svh,
     HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
     BLOCK_DV: tl.constexpr, C: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
 ):  # fmt: skip
     """What one chunk's queries give to dk and dv of a tile of its candidates: PART_K, PART_V [lines, N, heavy + C, D].
+
+    Behind the chunk's last candidate they stay as they are: nothing reads them.
 
     Scores are computed with keys as rows: see `window/triton.py`.
     """
@@ -145,7 +155,7 @@ def candidate_gradient_kernel(
     line = (tl.program_id(0) // tiles // chunks).to(tl.int64)
     head, b = line % HKV, line // HKV
     j = tile * N + tl.arange(0, N)
-    place, since, until = _candidates(PLACES, UNTIL, line, chunk, chunks, j, heavy, C)
+    place, since, until = _candidates(PLACES, TIMES, line, chunk, chunks, j, heavy, C)
     there, index = until > since, (place + shift).to(tl.int64)
     k = _load(K + b * skb + head * skh, index * skt, there, DK, BLOCK_DK)
     v = _load(V + b * svb + head * svh, index * svt, there, DV, BLOCK_DV)
@@ -171,14 +181,14 @@ def candidate_gradient_kernel(
         dv += _dot(weights.to(dy.dtype), dy)
         gradient = weights * (_dot(v, tl.trans(dy)) - delta[None, :])
         dk += _dot(gradient.to(q.dtype), q)
-    at = (line * chunks + chunk) * (heavy + C) + j
-    _store(PART_K, at * DK, dk * scale, j < heavy + C, DK, BLOCK_DK)
-    _store(PART_V, at * DV, dv, j < heavy + C, DV, BLOCK_DV)
+    at, there = (line * chunks + chunk) * (heavy + C) + j, j < tl.load(COUNTS + line * chunks + chunk)
+    _store(PART_K, at * DK, dk * scale, there, DK, BLOCK_DK)
+    _store(PART_V, at * DV, dv, there, DV, BLOCK_DV)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def token_gradient_kernel(
-    NEXT, PART_K, PART_V, DK_OUT, DV_OUT, count, heavy, shift, total,
+    NEXT, ENTRIES, PART_K, PART_V, DK_OUT, DV_OUT, count, heavy, shift, total,
     HKV: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr, BLOCK_DV: tl.constexpr,
     C: tl.constexpr, N: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
@@ -192,8 +202,9 @@ def token_gradient_kernel(
     place = index - shift
     slot = place - heavy
     chunk = tl.maximum(slot, 0) // C
-    j = tl.where(slot < 0, place, heavy + slot % C)
     held = (index < total) & (place >= 0) & (slot < count)
+    j = tl.where(slot < 0, place, tl.load(ENTRIES + line * count + slot, mask=held & (slot >= 0), other=-1))
+    held = held & (j >= 0)
     dk = tl.zeros([N, BLOCK_DK], tl.float32)
     dv = tl.zeros([N, BLOCK_DV], tl.float32)
     while tl.max(held.to(tl.int32), 0) > 0:

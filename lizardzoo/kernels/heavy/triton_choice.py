@@ -173,28 +173,31 @@ def merge_kernel(IN_KEYS, IN_PLACES, OUT_KEYS, OUT_PLACES, lists, heavy, reach, 
 
 
 @triton.jit(do_not_specialize=["count", "heavy"])
-def until_kernel(
-    KEYS, LIST_KEYS, FIRST, UNTIL, NEXT, count, heavy,
-    HKV: tl.constexpr, DOCUMENTS: tl.constexpr, C: tl.constexpr, J: tl.constexpr,
+def times_kernel(
+    KEYS, LIST_KEYS, FIRST, TIMES, NEXT, ENTRIES, COUNTS, count, heavy,
+    HKV: tl.constexpr, DOCUMENTS: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile of a chunk's candidates (those held at its start, then its own): `Selection.until`, and their next
-    places: which candidate of the next chunk each is, NOTHING if it is not held so long."""
-    chunks = tl.cdiv(count, C)
-    tiles = tl.cdiv(heavy + C, J)
-    tile, n = tl.program_id(0) % tiles, (tl.program_id(0) // tiles) % chunks
-    line = (tl.program_id(0) // tiles // chunks).to(tl.int64)
+    """A chunk's candidates: those held when it begins, then those of its own that are ever seen, as they join.
+
+    TIMES, NEXT [lines, N, heavy + C]: since << 16 | until, which of the chunk's tokens, 0 where there is no candidate;
+    which candidate of the next chunk each is, NOTHING if none. ENTRIES [lines, T]: which candidate of its own chunk the
+    token at each slot of the stream is. COUNTS [lines, N].
+    """
+    chunks, parts = tl.cdiv(count, C), tl.cdiv(heavy, C) + 1
+    part, n = tl.program_id(0) % parts, (tl.program_id(0) // parts) % chunks  # part 0: the chunk's own
+    line = (tl.program_id(0) // parts // chunks).to(tl.int64)
     held = LIST_KEYS + (line * (chunks + 1) + n) * heavy
     stream = KEYS + line * count
-    j = tile * J + tl.arange(0, J)
-    own = j - heavy
-    slot = n * C + own
-    is_own = (own >= 0) & (own < C) & (slot < count)
-    old = tl.load(held + j, mask=own < 0, other=NOTHING)
-    key = tl.where(own < 0, old, tl.load(stream + slot, mask=is_own, other=NOTHING))
-    beaten = tl.where(own < 0, j, _beaten(held, key, is_own, heavy, False))
+    time = tl.arange(0, C)
+    slot, j = n * C + time, (part - 1) * C + time
+    own = tl.where(part == 0, time, -1)
+    joins = slot < tl.where(part == 0, count, 0)
+    key = tl.load(held + j, mask=(j >= 0) & (j < heavy), other=NOTHING)
+    key = tl.where(own < 0, key, tl.load(stream + slot, mask=joins, other=NOTHING))
+    beaten = tl.where(own < 0, j, _beaten(held, key, joins, heavy, False))
 
-    until = tl.zeros([J], tl.int32)
-    same = tl.zeros([J], tl.int32)
+    until = tl.zeros([C], tl.int32)
+    same = tl.zeros([C], tl.int32)
     for t0 in range(0, C, UNROLLED):  # one after the other: no sums or scans over threads
         for u in tl.static_range(UNROLLED):
             t = n * C + t0 + u
@@ -205,6 +208,18 @@ def until_kernel(
                 same += ((document <= (key >> 32)) & (t < count)).to(tl.int32)
     if DOCUMENTS:  # what is held of an earlier document is seen up to the beginning of the next
         until = tl.minimum(until, same)
-    place = (line * chunks + n) * (heavy + C) + j
-    tl.store(UNTIL + place, tl.where(key >= 0, until, 0), mask=j < heavy + C)
-    tl.store(NEXT + place, tl.where((key >= 0) & (beaten < heavy), beaten, NOTHING), mask=j < heavy + C)
+    following = tl.where((key >= 0) & (beaten < heavy), beaten, NOTHING)
+    at = (line * chunks + n) * (heavy + C)
+    if part > 0:
+        tl.store(TIMES + at + j, tl.where(key >= 0, until, 0), mask=j < heavy)
+        tl.store(NEXT + at + j, following, mask=j < heavy)
+    else:
+        seen = (key >= 0) & (until > time)
+        entry = heavy + tl.cumsum(seen.to(tl.int32), 0) - 1
+        stop = heavy + tl.sum(seen.to(tl.int32), 0)
+        tl.store(TIMES + at + entry, time << 16 | until, mask=seen)
+        tl.store(NEXT + at + entry, following, mask=seen)
+        tl.store(TIMES + at + heavy + time, 0, mask=heavy + time >= stop)
+        tl.store(NEXT + at + heavy + time, NOTHING, mask=heavy + time >= stop)
+        tl.store(ENTRIES + line * count + slot, tl.where(seen, entry, NOTHING), mask=slot < count)
+        tl.store(COUNTS + line * chunks + n, stop)
