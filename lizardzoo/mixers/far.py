@@ -1,9 +1,9 @@
 """Texts longer than the teacher was trained for: the kept first tokens are never farther than it ever looked.
 
-A window looks back a fixed distance, but the first tokens that it keeps move away for ever, and RoPE turns their scores
-to angles that the teacher never met: SmolLM2, trained to 8,192 positions, loses a novel's thread from 12,000 on
-(docs/concepts/past.md). So beyond the teacher's positions the kept keys are turned after the queries: from rank R on, at
-every multiple of S, by another S, which leaves them R - S to R - 1 tokens behind (StreamingLLM, arXiv:2309.17453,
+A window looks back a fixed distance, but the first tokens that it keeps move away for ever, and RoPE turns their
+scores to angles that the teacher never met: SmolLM2, trained to 8,192 positions, loses a novel's thread from 12,000 on
+(docs/concepts/past.md). So beyond the teacher's positions the kept keys are turned after the queries: from rank R on,
+at every multiple of S, by another S, which leaves them R - S to R - 1 tokens behind (StreamingLLM, arXiv:2309.17453,
 counts positions in the cache instead, to the same end). Nothing changes up to rank R. The steps stand at fixed ranks,
 so that a text cut anywhere gives what the whole one gives; what a state holds is never turned itself.
 """
