@@ -24,7 +24,7 @@ def write_stub(folder: str | Path, classes: Iterable[type]) -> None:
     text = TEMPLATE.format(
         package=module.partition(".")[0],
         module=module,
-        names=", ".join(names),
+        names=", ".join(sorted(names)),  # as import sorters have it, of whoever keeps such a folder in a repository
         quoted=", ".join(f'"{name}"' for name in names),
     )
     (Path(folder) / STUB).write_text(text, encoding="utf-8")

@@ -22,6 +22,7 @@ import lizardzoo as lz
 from lizardzoo.distill.recipe import RECIPES
 from lizardzoo.hub import read_card, write_card
 from lizardzoo.hub.low_rank import read
+from lizardzoo.hub.stub import STUB
 from tests.hub.conftest import QUESTIONS, TEXT, command, connected
 from tests.hub.published import HUB_CARDS, WEIGHTS, problems, published
 from tests.hub.server import LoopbackHub
@@ -95,6 +96,8 @@ def test_what_the_command_line_made_is_a_published_model(home: Path) -> None:
     assert re.search(r"- finetune: \d+ seconds, lizardzoo .*, on cpu\n", card)
     assert "Data: text.txt." in card
     assert "Measured with lizardzoo" in card
+    (names,) = re.findall(r"^from .* import (.*)$", (home / TINY / STUB).read_text(), re.MULTILINE)
+    assert names.split(", ") == sorted(names.split(", "))  # the linter reads these files too
 
 
 def test_a_figure_changed_by_hand_or_a_path_is_seen(home: Path, tmp_path: Path) -> None:
