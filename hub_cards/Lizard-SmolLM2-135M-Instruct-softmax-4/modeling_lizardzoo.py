@@ -3,6 +3,6 @@
 After `import lizardzoo` the model loads without trust_remote_code, and this file is not used.
 """
 
-from lizardzoo.adapters.llama import LizardLlamaConfig, LizardLlamaModel, LizardLlamaForCausalLM
+from lizardzoo.adapters.llama import LizardLlamaConfig, LizardLlamaForCausalLM, LizardLlamaModel
 
 __all__ = ["LizardLlamaConfig", "LizardLlamaModel", "LizardLlamaForCausalLM"]
