@@ -58,9 +58,8 @@ def turns(
     angles = moved[..., None].float() * frequencies.float()
     angles = torch.cat([angles, angles], -1)
     cuts: tuple[int, ...] = ()
-    if (
-        count > 1 and not torch.compiler.is_compiling()
-    ):  # where no number may be asked for, a piece is turned as a whole
+    # Where no number may be asked for, or there is none (a dry run), a piece is turned as a whole.
+    if count > 1 and not torch.compiler.is_compiling() and not length.is_meta:
         changes = (moved[:, 1:] != moved[:, :-1]).any(0)
         cuts = tuple(int(place) + 1 for place in changes.nonzero()[:, 0])
     return Turns(angles.cos(), angles.sin(), cuts)
