@@ -67,7 +67,7 @@ def turns(
 
 def run(mixer: Mixer, inputs: MixerInputs, state: Any | None, need_state: bool) -> tuple[Tensor, Any | None]:
     """`mixer(inputs, state, need_state)` for a text of any length, piece by piece where the turn changes."""
-    if inputs.turns is None:
+    if inputs.turns is None or not keeps(mixer):
         return mixer(inputs, state, need_state)
     bounds = [0, *inputs.turns.cuts, inputs.q.shape[1]]
     outputs = []
@@ -83,7 +83,7 @@ def run(mixer: Mixer, inputs: MixerInputs, state: Any | None, need_state: bool) 
 @torch.no_grad()
 def step_(mixer: Mixer, inputs: MixerInputs, state: Any) -> Tensor:
     """`mixer.step_(inputs, state)` for a text of any length; the held keys are turned aside and stay as they are."""
-    if inputs.turns is None:
+    if inputs.turns is None or not keeps(mixer):
         return mixer.step_(inputs, state)
     turned, full = near(mixer, inputs, state)
     y = mixer.step_(inputs, turned)
@@ -96,7 +96,7 @@ def step_(mixer: Mixer, inputs: MixerInputs, state: Any) -> Tensor:
 def near(mixer: Mixer, inputs: MixerInputs, state: Any | None) -> tuple[Any, Tensor]:
     """The state with the kept keys turned as the first token needs it, and which rows [B, 1, 1, 1] have all of them."""
     window, far = mixer.window_state(state), inputs.turns
-    if window is None or far is None or not window.kept_k.shape[1]:
+    if window is None or far is None:
         return state, inputs.q.new_ones((), dtype=torch.bool)
     keep = window.kept_k.shape[1]
     cos, sin = (x[:, :1].expand(-1, keep, -1) for x in (far.cos, far.sin))
@@ -107,7 +107,7 @@ def near(mixer: Mixer, inputs: MixerInputs, state: Any | None) -> tuple[Any, Ten
 def _as_before(mixer: Mixer, new: Any, state: Any, full: Tensor, starts: Tensor | None) -> Any:
     """The new state with the kept keys unturned, except those that came in."""
     before, after = mixer.window_state(state), mixer.window_state(new)
-    if before is None or after is None or not before.kept_k.shape[1]:
+    if before is None or after is None:
         return new
     if starts is not None:
         full = full & ~starts.any(1)[:, None, None, None]
