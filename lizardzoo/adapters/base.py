@@ -172,15 +172,15 @@ class MixedModel(nn.Module):
         A family whose rotary embedding is not at `rotary_emb` overrides it.
         """
         model: Any = self
-        keeping = [layer.self_attn for layer in model.layers if far.keeps(layer.self_attn.mixer)]
-        if not keeping:
+        keeping = next((layer.self_attn for layer in model.layers if far.keeps(layer.self_attn.mixer)), None)
+        if keeping is None:
             return None
         (batch, count), positions = tokens.shape[:2], model.config.max_position_embeddings
-        layer: Any = cache.layers[keeping[0].layer_idx] if cache is not None and cache.layers else None
+        layer: Any = cache.layers[keeping.layer_idx] if cache is not None and cache.layers else None
         held = layer if isinstance(layer, MixerCacheLayer) else None
         if count + (0 if held is None else held.most_seen()) <= far.grid(positions)[0]:
             return None
-        window = None if held is None else keeping[0].mixer.window_state(held.state)
+        window = None if held is None else keeping.mixer.window_state(held.state)
         length = tokens.new_zeros(batch, dtype=torch.long) if window is None else window.length.to(tokens.device)
         frequencies = model.rotary_emb.inv_freq.to(tokens.device)
         return far.turns(positions, frequencies, length, count, mask, starts)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lizardzoo.errors import LizardzooError
 from lizardzoo.kernels.dispatch import even_sizes
@@ -16,8 +15,8 @@ from lizardzoo.kernels.features import FeatureMap
 from lizardzoo.kernels.gated_linear import launch, triton_step
 from lizardzoo.kernels.gated_linear.launch import NEG_INF, Gradients, Inputs, Launch
 from lizardzoo.kernels.gated_linear.state import next_state
+from lizardzoo.kernels.launching import eager, power_of_2, prepared
 from lizardzoo.kernels.launching import launch as start
-from lizardzoo.kernels.launching import power_of_2, prepared
 from lizardzoo.kernels.rows import Rows, arrange, unroll
 from lizardzoo.kernels.state import overwriting, writable
 
@@ -170,33 +169,10 @@ def gradients(
     return tuple(result)
 
 
-def eager(
-    compute: Callable[..., Any], backward: Callable[..., Sequence[Tensor | None]], places: list[int]
-) -> Callable[..., Any]:
-    """`compute` with its gradients, without an operator's slow way through torch's dispatcher."""
-
-    class Function(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-            output = compute(*inputs)
-            setup_context(ctx, inputs, output)
-            return output
-
-        @staticmethod
-        @once_differentiable
-        def backward(ctx: Any, *given: Any) -> tuple[Any, ...]:
-            return gradients(backward, places, ctx, *given)
-
-    def run(*inputs: Any) -> Any:
-        return Function.apply(*inputs) if torch.is_grad_enabled() else compute(*inputs)
-
-    return run
-
-
 operator.register_autograd(partial(gradients, backward_operator, PLACES), setup_context=setup_context)
 
 
-_eager = eager(compute, find_gradients, PLACES)
+_eager = eager(compute, setup_context, partial(gradients, find_gradients, PLACES))
 
 
 def gated_linear(*inputs: Any) -> tuple[Tensor, ...]:

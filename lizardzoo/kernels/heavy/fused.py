@@ -12,11 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from lizardzoo.kernels.heavy import ops
 from lizardzoo.kernels.heavy.state import by_score
-from lizardzoo.kernels.launching import prepared, unit_stride
+from lizardzoo.kernels.launching import eager, prepared, unit_stride
 from lizardzoo.kernels.rows import arrange, unroll
 from lizardzoo.kernels.window import ops as window_ops
 from lizardzoo.kernels.window.state import next_state
@@ -123,19 +122,7 @@ def _autograd(backward, ctx, dy, dlog_mass, *_):
 _attention.register_autograd(partial(_autograd, _backward_operator), setup_context=_setup_context)
 
 
-class _Attention(torch.autograd.Function):
-    """The same without an operator's slow way through torch's dispatcher."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = compute(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *given):
-        return _autograd(compute_backward, ctx, *given)
+_eager = eager(compute, _setup_context, partial(_autograd, compute_backward))
 
 
 def joint_chunked(
@@ -153,10 +140,7 @@ def joint_chunked(
         *held, score, ranks = by_score(state)
         before, keys_before = unroll(state.drawn, seen), ops.keys_of(score, starts is not None)
     placed = window_ops.place(k, v, sinks, q.shape[2], rows, starts is not None, past, held)
-    if torch.compiler.is_compiling():
-        run: Any = _attention
-    else:
-        run = _Attention.apply if torch.is_grad_enabled() else compute
+    run: Any = _attention if torch.compiler.is_compiling() else _eager
     y, log_mass, *choice = run(
         q, *placed[:5], before, keys_before, window, keep, heavy, placed.offset, float(fade), float(scale)
     )

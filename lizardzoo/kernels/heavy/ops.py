@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lizardzoo.kernels.heavy import triton as kernels
 from lizardzoo.kernels.heavy import triton_choice as choice
 from lizardzoo.kernels.heavy.state import by_score, next_state
-from lizardzoo.kernels.launching import launch, power_of_2, prepared, strides, unit_stride
+from lizardzoo.kernels.launching import eager, launch, power_of_2, prepared, strides, unit_stride
 from lizardzoo.kernels.rows import arrange, last_document, unroll
 from lizardzoo.kernels.window import ops as window_ops
 
@@ -286,19 +285,7 @@ def _autograd(backward, ctx, dy, dlog_mass):
 _attention.register_autograd(partial(_autograd, _backward), setup_context=_setup_context)
 
 
-class _Attention(torch.autograd.Function):
-    """The same without an operator's slow way through torch's dispatcher."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = compute(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dlog_mass):
-        return _autograd(compute_backward, ctx, dy, dlog_mass)
+_eager = eager(compute, _setup_context, partial(_autograd, compute_backward))
 
 
 def chunked(q, k, v, log_mass, window, keep, heavy, fade, scale, mask, starts, past, state, return_state):
@@ -330,7 +317,7 @@ def chunked(q, k, v, log_mass, window, keep, heavy, fade, scale, mask, starts, p
             q.detach(), k.detach(), log_mass.detach().float().contiguous(), before, keys_before, first, lengths, window,
             keep, heavy, offset, float(fade), float(scale),
         ))  # fmt: skip
-    run = _attention if compiling else _Attention.apply
+    run: Any = _attention if compiling else _eager
     y, mass = run(q, k, v, *found.candidates, lengths, shift, float(scale))
 
     new_state = None

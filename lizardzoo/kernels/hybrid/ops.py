@@ -19,7 +19,7 @@ from lizardzoo.kernels.gated_linear.launch import Gradients, Inputs
 from lizardzoo.kernels.gated_linear.state import next_state as next_linear_state
 from lizardzoo.kernels.hybrid.state import share
 from lizardzoo.kernels.hybrid.step import step
-from lizardzoo.kernels.launching import prepared, unit_stride
+from lizardzoo.kernels.launching import eager, prepared, unit_stride
 from lizardzoo.kernels.window import ops as window_ops
 from lizardzoo.kernels.window.state import next_state as next_window_state
 
@@ -150,7 +150,7 @@ operator.register_autograd(
 )
 
 
-_eager = gated_linear.eager(compute, find_gradients, PLACES)
+_eager = eager(compute, gated_linear.setup_context, partial(gated_linear.gradients, find_gradients, PLACES))
 
 
 def hybrid(*arguments: Any) -> tuple[Tensor, ...]:

@@ -6,7 +6,19 @@ memory, and Triton's look at every argument of every launch take longer than the
 
 from __future__ import annotations
 
+from lizardzoo.kernels.launching.eager import eager
 from lizardzoo.kernels.launching.program import ALIGNED, PROGRAMS, Program, forget, launch, prepared
 from lizardzoo.kernels.launching.sizes import power_of_2, strides, unit_stride
 
-__all__ = ["ALIGNED", "PROGRAMS", "Program", "forget", "launch", "power_of_2", "prepared", "strides", "unit_stride"]
+__all__ = [
+    "ALIGNED",
+    "PROGRAMS",
+    "Program",
+    "eager",
+    "forget",
+    "launch",
+    "power_of_2",
+    "prepared",
+    "strides",
+    "unit_stride",
+]

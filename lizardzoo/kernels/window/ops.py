@@ -8,10 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lizardzoo.errors import LizardzooError
-from lizardzoo.kernels.launching import launch, power_of_2, prepared, strides, unit_stride
+from lizardzoo.kernels.launching import eager, launch, power_of_2, prepared, strides, unit_stride
 from lizardzoo.kernels.rows import arrange, unroll
 from lizardzoo.kernels.state import overwriting, writable
 from lizardzoo.kernels.window import triton as kernels
@@ -208,19 +207,7 @@ def _autograd(backward, ctx, dy, dlog_mass):
 _attention.register_autograd(partial(_autograd, _backward), setup_context=_setup_context)
 
 
-class _Attention(torch.autograd.Function):
-    """The same without an operator's slow way through torch's dispatcher."""
-
-    @staticmethod
-    def forward(ctx, *inputs):
-        output = compute(*inputs)
-        _setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, dlog_mass):
-        return _autograd(compute_backward, ctx, dy, dlog_mass)
+_eager = eager(compute, _setup_context, partial(_autograd, compute_backward))
 
 
 class Placed(NamedTuple):
@@ -274,10 +261,7 @@ def chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_sta
         rows = arrange(q, mask, starts, None if state is None else state.length)
         q, k, v = rows.pack(q), rows.pack(k), rows.pack(v)
     *near, offset = place(k, v, sinks, q.shape[2], rows, starts is not None, state)
-    if torch.compiler.is_compiling():
-        run: Any = _attention
-    else:
-        run = _Attention.apply if torch.is_grad_enabled() else compute
+    run: Any = _attention if torch.compiler.is_compiling() else _eager
     y, log_mass = run(q, *near, window, keep, offset, float(scale))
     new_state = next_state(k, v, rows, state, window, keep) if return_state else None
     if rows is not None:
