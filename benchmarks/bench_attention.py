@@ -18,8 +18,7 @@ from typing import Any
 
 import decoding
 import torch
-from compile_peers import compile_ahead
-from contenders import KEEP, SHAPES, WINDOW, Contender, Inputs, Shape, draw, ours
+from contenders import HALF_LIFE, HEAVY, KEEP, MIXERS, SHAPES, WINDOW, Contender, Inputs, Shape, draw, ours
 from measure import attempt, machine, measure, verify
 from report import markdown, plot, render, rounded, save
 
@@ -86,12 +85,14 @@ def check() -> None:
 def bench(arguments: argparse.Namespace) -> None:
     """All cases of all shapes; the file is written after each, so that a run cut short leaves what it has."""
     torch.manual_seed(0)
-    run: dict[str, Any] = {"machine": machine(), "window": WINDOW, "keep": KEEP}
+    run: dict[str, Any] = {"machine": machine(), "window": WINDOW, "keep": KEEP, "heavy": HEAVY, "half_life": HALF_LIFE}
     run |= {"verified": [], "results": [], "decode": []}
     print(run["machine"])
     contenders = chosen(arguments)
     shapes = shapes_of(arguments)
     if arguments.compilers:
+        from compile_peers import compile_ahead
+
         compile_ahead(shapes, arguments.compilers)
     for name in shapes:
         shape = SHAPES[name]
@@ -159,11 +160,12 @@ def decode(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Steps at the 1b shape: ours after short and long contexts, and the peers."""
     shape, impl = SHAPES["1b"], arguments.impl
     wanted: list[tuple[Any, ...]] = []
-    error = attempt(decoding.verify_step, shape, impl).get("error", math.inf)
-    print(f"decode, lizardzoo hybrid mixer: relative error {error:.1e} against float64")
-    if error < decoding.TOLERANCE:
-        steps = {"lizardzoo hybrid": decoding.kernel_step, "lizardzoo hybrid mixer": decoding.mixer_step}
-        wanted += [(name, c, step, shape, impl, c) for name, step in steps.items() for c in decoding.CONTEXTS]
+    for kind in MIXERS:
+        error = attempt(decoding.verify_step, kind, shape, impl).get("error", math.inf)
+        print(f"decode, lizardzoo {kind} mixer: relative error {error:.1e} against float64")
+        if error < decoding.TOLERANCE:
+            steps = {f"lizardzoo {kind}": decoding.kernel_step, f"lizardzoo {kind} mixer": decoding.mixer_step}
+            wanted += [(name, c, step, kind, shape, impl, c) for name, step in steps.items() for c in decoding.CONTEXTS]
     if arguments.peers != "none":
         wanted += [("fla recurrent step, features given", 0, decoding.fla_recurrent, shape)]
     wanted += [("sdpa", context, decoding.cached_softmax, shape, context) for context in decoding.CACHES]

@@ -23,10 +23,10 @@ from lizardzoo.kernels import (
     window_and_heavy_attention,
     window_attention,
 )
-from lizardzoo.mixers import AttentionShape, Hybrid, MixerInputs
+from lizardzoo.mixers import AttentionShape, Heavy, Hybrid, MixerInputs
 from lizardzoo.mixers.merge import Branch, joint
 
-WINDOW, KEEP, HEAVY = 128, 4, 131
+WINDOW, KEEP, HEAVY, HALF_LIFE = 128, 4, 128, 256.0
 
 
 class Shape(NamedTuple):
@@ -161,12 +161,13 @@ def window(_: Inputs, impl: str, keep: int = KEEP) -> Function:
 
 
 def heavy(_: Inputs, impl: str) -> Function:
-    """Our window and the tokens that drew most attention in it, fused."""
+    """Our window and the tokens that drew most attention in it, fused: as `recommended` has them."""
 
     def run(i: Inputs) -> Tensor:
         return window_and_heavy_attention(
-            i.q_rot, i.k_rot, i.v, window=WINDOW, heavy=HEAVY, keep=KEEP, return_state=False, impl=impl
-        )[0]
+            i.q_rot, i.k_rot, i.v, window=WINDOW, heavy=HEAVY, keep=KEEP, half_life=HALF_LIFE, return_state=False,
+            impl=impl,
+        )[0]  # fmt: skip
 
     return Function(run, ROTATED)
 
@@ -199,21 +200,30 @@ def hybrid(_: Inputs, impl: str) -> Function:
     return Function(run, BOTH)
 
 
-def mixer(i: Inputs, impl: str) -> Function:
-    """The hybrid mixer, with RoPE and with gates computed from x: the layer without its projections."""
-    module = build_mixer(Shape(i.q.shape[2], i.k.shape[2], *i.map_query.shape[1:]), i.x.shape[2], i.q.device, impl)
+MIXERS = ("hybrid", "heavy")
+
+
+def mixer(i: Inputs, impl: str, kind: str) -> Function:
+    """A mixer with RoPE, and with gates computed from x if it has any: the layer without its projections."""
+    shape = Shape(i.q.shape[2], i.k.shape[2], *i.map_query.shape[1:])
+    module = build_mixer(kind, shape, i.x.shape[2], i.q.device, impl)
     if i.q.dtype == torch.float64:
         module.double()
+    parameters = dict(module.named_parameters())
 
     def run(i: Inputs) -> Tensor:
         return module(MixerInputs(i.q, i.k, i.v, i.x, i.cos, i.sin))[0]
 
-    return Function(run, ("q", "k", "v", "x"), dict(module.named_parameters()))
+    return Function(run, ("q", "k", "v", *(["x"] if parameters else [])), parameters)
 
 
-def build_mixer(shape: Shape, hidden: int, device: torch.device | str, impl: str) -> Any:
+def build_mixer(kind: str, shape: Shape, hidden: int, device: torch.device | str, impl: str) -> Any:
     """Always the same random weights, near the start values."""
-    spec = Hybrid(window=WINDOW, keep=KEEP, feature_dim=shape.feature_dim)
+    spec = (
+        Heavy(window=WINDOW, keep=KEEP, heavy=HEAVY, half_life=int(HALF_LIFE))
+        if kind == "heavy"
+        else Hybrid(window=WINDOW, keep=KEEP, feature_dim=shape.feature_dim)
+    )
     module = spec.build(AttentionShape(hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.head_dim**-0.5))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -229,8 +239,8 @@ def ours(impl: str) -> dict[str, Contender]:
         "window": window,
         "gated linear": gated_linear,
         "hybrid": hybrid,
-        "hybrid mixer": mixer,
         "heavy": heavy,
+        **{f"{kind} mixer": partial(mixer, kind=kind) for kind in MIXERS},
     }
     found = {"sdpa": Contender(softmax, softmax)}
     for name, make in makers.items():

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contenders import KEEP, Shape, build_mixer, draw
+from contenders import HALF_LIFE, KEEP, Shape, build_mixer, draw
 from measure import captured, relative_error, timed
 from torch import Tensor
 
-from lizardzoo.kernels import hybrid_attention_step
+from lizardzoo.kernels import hybrid_attention_step, window_and_heavy_step
 from lizardzoo.mixers import MixerInputs
 
 DEVICE = "cuda"
@@ -61,11 +61,11 @@ def size_of(state: Any) -> int:
 
 
 @torch.no_grad()
-def verify_step(shape: Shape, impl: str, tokens: int = 300) -> dict[str, float]:
+def verify_step(kind: str, shape: Shape, impl: str, tokens: int = 300) -> dict[str, float]:
     """Relative error of single steps in place, from the first token on, against the whole sequence in float64."""
     inputs = inputs_of(shape, tokens, 2)
     hidden = shape.heads * shape.head_dim
-    stepping, exact = (build_mixer(shape, hidden, DEVICE, i) for i in (impl, "reference"))
+    stepping, exact = (build_mixer(kind, shape, hidden, DEVICE, i) for i in (impl, "reference"))
     expected = exact.double()(inputs.each(torch.Tensor.double))[0]
     state = stepping.init_state(2, inputs.q.dtype, DEVICE)
     steps = [stepping.step_(inputs.tokens(t, t + 1), state) for t in range(tokens)]
@@ -73,33 +73,38 @@ def verify_step(shape: Shape, impl: str, tokens: int = 300) -> dict[str, float]:
 
 
 @torch.no_grad()
-def mixer_step(shape: Shape, impl: str, context: int) -> dict[str, float]:
-    """The hybrid mixer's step in place, with RoPE and gates."""
-    mixer, states = read(shape, impl, context)
+def mixer_step(kind: str, shape: Shape, impl: str, context: int) -> dict[str, float]:
+    """A mixer's step in place, with RoPE and gates."""
+    mixer, states = read(kind, shape, impl, context)
     token = inputs_of(shape, 1)
     size = size_of(states[0])
     return {"ms": replayed(lambda layer: mixer.step_(token, states[layer]), size), "MiB": size / 2**20}
 
 
 @torch.no_grad()
-def kernel_step(shape: Shape, impl: str, context: int) -> dict[str, float]:
-    """The hybrid kernel's step in place, gates and rotated q and k given."""
-    _, states = read(shape, impl, context)
+def kernel_step(kind: str, shape: Shape, impl: str, context: int) -> dict[str, float]:
+    """The step of a mixer's kernel in place, gates and rotated q and k given."""
+    _, states = read(kind, shape, impl, context)
     i = draw(shape, BATCH, 1, DEVICE).detached()
     size = size_of(states[0])
 
-    def step(layer: int) -> None:
+    def hybrid(layer: int) -> None:
         hybrid_attention_step(
             i.q, i.k, i.v, i.log_decay, states[layer], rotated=(i.q_rot, i.k_rot), log_input=i.log_input,
             log_scale=i.log_scale, feature_map=i.maps, keep=KEEP, skip=KEEP, in_place=True, impl=impl,
         )  # fmt: skip
 
-    return {"ms": replayed(step, size), "MiB": size / 2**20}
+    def heavy(layer: int) -> None:
+        window_and_heavy_step(
+            i.q_rot, i.k_rot, i.v, *states[layer], keep=KEEP, half_life=HALF_LIFE, in_place=True, impl=impl
+        )
+
+    return {"ms": replayed({"hybrid": hybrid, "heavy": heavy}[kind], size), "MiB": size / 2**20}
 
 
-def read(shape: Shape, impl: str, context: int) -> tuple[Any, list[Any]]:
+def read(kind: str, shape: Shape, impl: str, context: int) -> tuple[Any, list[Any]]:
     """A mixer, and as many states behind a context as a graph takes."""
-    mixer = build_mixer(shape, shape.heads * shape.head_dim, DEVICE, impl)
+    mixer = build_mixer(kind, shape, shape.heads * shape.head_dim, DEVICE, impl)
     state = mixer.init_state(BATCH, torch.bfloat16, DEVICE)
     for start in range(0, context, PIECE):
         _, state = mixer(inputs_of(shape, min(PIECE, context - start)), state, need_state=True)

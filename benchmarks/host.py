@@ -132,7 +132,7 @@ def calls(function: Function, inputs: Inputs) -> dict[str, Callable[[], Any]]:
 
 def step() -> Callable[[], Any]:
     """One token of the mixer behind its state."""
-    mixer = build_mixer(SHAPE, SHAPE.heads * SHAPE.head_dim, "cpu", "triton")
+    mixer = build_mixer("hybrid", SHAPE, SHAPE.heads * SHAPE.head_dim, "cpu", "triton")
     i = draw(SHAPE, 1, 1, "cpu").detached()
     state = mixer.init_state(1, torch.bfloat16, "cpu")
     return lambda: mixer.step_(MixerInputs(i.q, i.k, i.v, i.x, i.cos, i.sin), state)

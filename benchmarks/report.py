@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-OURS, PEER, SOFTMAX = "lizardzoo hybrid", "composed peer", "sdpa"
+OURS, PEERS = ("lizardzoo hybrid", "lizardzoo heavy"), ("composed peer", "sdpa")
 COLORS = {"sdpa": "0.4", "flex window": "tab:green", "fla branch": "tab:olive", "composed peer": "tab:red"}
 """Ours take the blues."""
 EAGER = ("forward ms", "forward + backward ms")
@@ -52,10 +52,12 @@ def named(machine: dict[str, Any]) -> str:
 def markdown(run: dict[str, Any]) -> str:
     """All tables of a run."""
     parts = [
-        f"{named(run['machine'])}; bf16, window {run['window']}, "
-        f"{run['keep']} kept tokens. Milliseconds, medians of at least 20 runs: forward / forward + backward. Against: "
-        f"how many times faster our hybrid is. The device alone (replayed from a CUDA graph):",
+        f"{named(run['machine'])}; bf16, window {run['window']}, {run['keep']} kept tokens, {run['heavy']} heavy ones "
+        f"(half-life {run['half_life']:g}). Milliseconds, medians of at least 20 runs: forward / forward + backward. "
+        f"The device alone (replayed from a CUDA graph):",
         _speed(run["results"], GRAPH),
+        "How many times faster ours are than the peers, the device alone:",
+        _ratios(run["results"], GRAPH),
         "As PyTorch runs it, one operation after the other: for short sequences the CPU's time to launch them counts.",
         _speed(run["results"], EAGER),
         "Extra memory of one forward + backward, MiB:",
@@ -69,7 +71,7 @@ def markdown(run: dict[str, Any]) -> str:
 
 
 def _speed(results: Sequence[dict[str, Any]], times: tuple[str, str]) -> str:
-    """Times, and how many times faster our hybrid is; a mark where gradients are not usable."""
+    """Times; a mark where gradients are not usable."""
     notes = sorted({entry["note"] for entry in results if entry.get("note")})
     marks = {note: "†" * (1 + index) for index, note in enumerate(notes)}
 
@@ -79,30 +81,39 @@ def _speed(results: Sequence[dict[str, Any]], times: tuple[str, str]) -> str:
         both = " / ".join(number(entry.get(time)) for time in times)
         return both + (marks[entry["note"]] if entry.get("note") else "")
 
-    table = _table(results, cell, times, ratios=(PEER, SOFTMAX))
-    return "\n".join([table, *(f"\n{mark} {note}" for note, mark in marks.items())])
+    return "\n".join([_table(results, cell), *(f"\n{mark} {note}" for note, mark in marks.items())])
 
 
-def _table(results: Sequence[dict[str, Any]], cell: Any, times: Sequence[str] = (), ratios: Sequence[str] = ()) -> str:
+def _ratios(results: Sequence[dict[str, Any]], times: tuple[str, str]) -> str:
+    """How many times faster each of ours is than each peer, forward / forward + backward."""
+    pairs = [(ours, peer) for ours in OURS for peer in PEERS]
+    rows = []
+    for case in dict.fromkeys(map(_case, results)):
+        found = {entry["contender"]: entry for entry in results if _case(entry) == case}
+        rows.append([_case_name(case), *(_ratio(found.get(a, {}), found.get(b, {}), times) for a, b in pairs)])
+    return table(["", *(f"{ours.removeprefix('lizardzoo ')} against {peer}" for ours, peer in pairs)], rows)
+
+
+def _table(results: Sequence[dict[str, Any]], cell: Callable[[dict[str, Any]], str]) -> str:
     contenders = list(dict.fromkeys(entry["contender"] for entry in results))
     rows = []
     for case in dict.fromkeys(map(_case, results)):
         found = {entry["contender"]: entry for entry in results if _case(entry) == case}
-        cells = [cell(found[name]) if name in found else "" for name in contenders]
-        shape, batch, tokens = case
-        rows.append([f"{shape}, {batch} x {tokens:,}", *cells, *(_ratio(found, other, times) for other in ratios)])
-    return table(["", *contenders, *(f"hybrid against {other}" for other in ratios)], rows)
+        rows.append([_case_name(case), *(cell(found[name]) if name in found else "" for name in contenders)])
+    return table(["", *contenders], rows)
 
 
 def _case(entry: dict[str, Any]) -> tuple[str, int, int]:
     return entry["shape"], entry["batch"], entry["tokens"]
 
 
-def _ratio(found: dict[str, dict[str, Any]], other: str, times: Sequence[str]) -> str:
-    """How many times faster ours is, forward and forward + backward."""
-    ours, theirs = found.get(OURS, {}), found.get(other, {})
-    ratios = [f"{theirs[t] / ours[t]:.2f}x" if t in ours and t in theirs else "-" for t in times]
-    return " / ".join(ratios)
+def _case_name(case: tuple[str, int, int]) -> str:
+    shape, batch, tokens = case
+    return f"{shape}, {batch} x {tokens:,}"
+
+
+def _ratio(ours: dict[str, Any], theirs: dict[str, Any], times: Sequence[str]) -> str:
+    return " / ".join(f"{theirs[t] / ours[t]:.2f}x" if t in ours and t in theirs else "-" for t in times)
 
 
 def _first(verdicts: Sequence[dict[str, Any]]) -> str:
@@ -177,7 +188,7 @@ def _lines(panel: Any, results: Sequence[dict[str, Any]], key: str) -> None:
         label = f"{name} (wrong gradients)" if any(e["contender"] == name and e.get("note") for e in results) else name
         panel.plot(
             sorted(per_token), [per_token[tokens] for tokens in sorted(per_token)], marker="o", markersize=3,
-            color=color, label=label, linewidth=2.5 if name == OURS else 1.2,
+            color=color, label=label, linewidth=2.5 if name in OURS else 1.2,
         )  # fmt: skip
     panel.set_xticks(lengths, [f"{tokens // 1024}K" for tokens in lengths])
     panel.minorticks_off()
