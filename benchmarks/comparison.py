@@ -144,8 +144,8 @@ class Comparison:
     def linearize(self, variant: Variant) -> Any:
         """The student at its start."""
         layers: list[Any] = [variant.spec_for(self.teacher)] * self.teacher.config.num_hidden_layers
-        for index in self.ranking(variant)[: variant.softmax] if variant.softmax else ():
-            layers[index] = lz.Softmax()
+        for index in self.ranking(variant)[: variant.chosen] if variant.chosen else ():
+            layers[index] = variant.give
         if variant.share:
             for index, size in enumerate(self.sizes(variant)):
                 layers[index] = dataclasses.replace(layers[index], **{variant.share: size})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import lizardzoo as lz
@@ -17,8 +17,8 @@ HYBRID: Any = PRESETS.get("hybrid")
 
 @dataclass(frozen=True)
 class Variant:
-    """A row. `spec` for all layers: a spec, or what makes one of the teacher; `softmax`: layers that keep theirs;
-    `share`: a size ("window", "heavy") differs by layer, as measured, at the same state in all.
+    """A row. `spec` for all layers: a spec, or what makes one of the teacher; but for `chosen` of them, those with most
+    recall, which have `give`; `share`: a size ("window", "heavy") differs by layer, as measured, same state in all.
 
     loss: weights of cross-entropy and KL in stage 2.
     """
@@ -26,7 +26,8 @@ class Variant:
     name: str
     spec: MixerSpec | Callable[[Any], MixerSpec]
     differs: str
-    softmax: int = 0
+    chosen: int = 0
+    give: MixerSpec = field(default_factory=lz.Softmax)
     share: str = ""
     loss: tuple[float, float] = (0.0, 1.0)
 
@@ -48,20 +49,37 @@ def state_of(teacher: Any, spec: MixerSpec) -> int:
     return sum(x.nbytes for x in {id(x): x for x in state_tensors(state)}.values())
 
 
-def at_state_of(spec: Any, other: MixerSpec, field: str = "window") -> Callable[[Any], MixerSpec]:
-    """The spec with the largest window (or other field) that takes no more bytes of state than another spec."""
+def at_state_of(spec: Any, other: MixerSpec, size: str = "window") -> Callable[[Any], MixerSpec]:
+    """The spec with the largest window (or other size) that takes no more bytes of state than another spec."""
+    return within(spec, size, lambda teacher: state_of(teacher, other))
+
+
+def beside(spec: Any, size: str, give: MixerSpec, count: int) -> Callable[[Any], MixerSpec]:
+    """The spec with the largest size that leaves room for `count` layers of another, at the hybrid's state in all."""
+
+    def budget(teacher: Any) -> int:
+        layers = teacher.config.num_hidden_layers
+        if layers <= count:
+            raise SystemExit(
+                f"of {give} in {count} layers the others are made smaller, and the teacher has {layers} layers"
+            )
+        return (layers * state_of(teacher, HYBRID) - count * state_of(teacher, give)) // (layers - count)
+
+    return within(spec, size, budget)
+
+
+def within(spec: Any, size: str, budget: Callable[[Any], int]) -> Callable[[Any], MixerSpec]:
+    """The spec with the largest size that takes no more bytes of state."""
 
     def make(teacher: Any) -> MixerSpec:
-        budget = state_of(teacher, other)
+        most = budget(teacher)
         low, high = 0, MAX_SIZE
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (
-                (middle, high) if state_of(teacher, replace(spec, **{field: middle})) <= budget else (low, middle)
-            )
+            low, high = (middle, high) if state_of(teacher, replace(spec, **{size: middle})) <= most else (low, middle)
         if low == 0:
-            raise SystemExit(f"{spec} has more state than {other} with any {field}")
-        return replace(spec, **{field: low})
+            raise SystemExit(f"{spec} takes more than {most} bytes of state with any {size}")
+        return replace(spec, **{size: low})
 
     return make
 
@@ -82,6 +100,7 @@ def wide(window: int) -> list[Variant]:
     ]
 
 
+WIDE = lz.Window(window=1024, keep=4)
 HEAVY = at_state_of(lz.Heavy(window=128), HYBRID, "heavy")
 
 VARIANTS: list[Variant] = [
@@ -105,9 +124,16 @@ VARIANTS: list[Variant] = [
     Variant("heavy-by-layer", HEAVY, "heavy tokens shared out among the layers, same state", share="heavy"),
     *(
         Variant(
-            f"heavy-softmax-{count}", HEAVY, f"heavy, softmax kept in {count} layer{'s' * (count > 1)}", softmax=count
+            f"heavy-softmax-{count}", HEAVY, f"heavy, softmax kept in {count} layer{'s' * (count > 1)}", chosen=count
         )
         for count in (1, 2, 4, 8)
+    ),
+    Variant(
+        "heavy-wide-4",
+        beside(lz.Heavy(window=128), "heavy", WIDE, 4),
+        "a window of 1,024 in 4 layers, and fewer heavy tokens in the others: same state in all",
+        chosen=4,
+        give=WIDE,
     ),
     Variant("lizard", PRESETS.get("lizard"), "the paper's formula"),
     Variant("lizard-rope", PRESETS.get("lizard-rope"), "the paper's, with RoPE in the window"),
@@ -142,7 +168,7 @@ VARIANTS: list[Variant] = [
     Variant("loss-ce", HYBRID, "stage 2 with cross-entropy", loss=(1.0, 0.0)),
     Variant("loss-both", HYBRID, "stage 2 with cross-entropy and KL", loss=(0.5, 0.5)),
     *(
-        Variant(f"softmax-{count}", HYBRID, f"softmax kept in {count} layer{'s' if count > 1 else ''}", softmax=count)
+        Variant(f"softmax-{count}", HYBRID, f"softmax kept in {count} layer{'s' if count > 1 else ''}", chosen=count)
         for count in (1, 2, 4, 8)
     ),
 ]

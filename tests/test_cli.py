@@ -528,6 +528,13 @@ def test_select_layers_by_recall(student_folder, tiny_folder, text_file, tmp_pat
     assert f"{expected.ranking[0].worth:+.4f}" in out
 
 
+def test_select_layers_gives_a_window(tiny_folder, text_file, tmp_path):
+    arguments = ["--text", text_file, "--length", 96, "--limit", 2, "--keep", 1, "--window", 64]
+    succeed("select-layers", tiny_folder, *arguments, "--out", tmp_path / "layers.json")
+    layers = json.loads((tmp_path / "layers.json").read_text())
+    assert lz.Window(window=64).to_dict() in layers and {"type": "softmax"} not in layers
+
+
 def test_select_windows_writes_a_list_that_linearize_takes(student_folder, text_file, tmp_path):
     common = ("--text", text_file, "--length", 48, "--limit", 2)
     out = succeed("select-windows", student_folder, *common, "--octaves", 1, "--out", tmp_path / "layers.json")

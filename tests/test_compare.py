@@ -55,10 +55,10 @@ def call(compare, variants, tiny_folder, tmp_path, monkeypatch):
         [
             variants.Variant("hybrid", small, ""),
             variants.Variant("bare", variants.at_state_of(lz.Window(), small), "bare"),
-            variants.Variant("softmax-2", small, "two kept", softmax=2),
+            variants.Variant("softmax-2", small, "two kept", chosen=2),
             variants.Variant("shared", small, "shared windows", share="window"),
             variants.Variant("heavy-shared", lz.Heavy(window=8, heavy=8), "heavy tokens", share="heavy"),
-            variants.Variant("heavy-softmax", lz.Heavy(window=8, heavy=8), "one kept", softmax=1),
+            variants.Variant("heavy-softmax", lz.Heavy(window=8, heavy=8), "one kept", chosen=1),
         ],
     )
     monkeypatch.setattr(plots, "plot", lambda folder: None)  # nobody looks at them here
@@ -182,8 +182,10 @@ def test_what_does_not_fit_is_refused(call):
 def test_variants_are_told_apart_and_have_the_state_they_claim(compare, variants, tiny_llama):
     names = [variant.name for variant in variants.VARIANTS]
     assert len(set(names)) == len(names)
-    assert len({(repr(v.spec), v.softmax, v.share, v.loss) for v in variants.VARIANTS}) == len(names)
+    assert len({(repr(v.spec), v.chosen, v.give, v.share, v.loss) for v in variants.VARIANTS}) == len(names)
+    tiny_llama.config.num_hidden_layers = 30  # sizes are worked out from the shapes alone
     by_name = {variant.name: variant.spec_for(tiny_llama) for variant in variants.VARIANTS}
+    tiny_llama.config.num_hidden_layers = 3
     for spec in by_name.values():
         assert lz.linearize(tiny_llama, spec).config.specs == [spec] * 3
     equal = {
@@ -196,6 +198,21 @@ def test_variants_are_told_apart_and_have_the_state_they_claim(compare, variants
         bytes_, budget = (variants.state_of(tiny_llama, by_name[each]) for each in (name, other))
         wider = replace(by_name[name], window=by_name[name].window + 1)
         assert bytes_ <= budget < variants.state_of(tiny_llama, wider), name
+
+
+def test_wide_windows_in_few_layers_take_their_bytes_from_the_others(variants, tiny_llama):
+    tiny_llama.config.num_hidden_layers = 30
+    (wide,) = (variant for variant in variants.VARIANTS if variant.name == "heavy-wide-4")
+    spec = wide.spec_for(tiny_llama)
+
+    def total(spec):
+        return 4 * variants.state_of(tiny_llama, wide.give) + 26 * variants.state_of(tiny_llama, spec)
+
+    budget = 30 * variants.state_of(tiny_llama, variants.HYBRID)
+    assert total(spec) <= budget < total(replace(spec, heavy=spec.heavy + 1))
+    tiny_llama.config.num_hidden_layers = 4
+    with pytest.raises(SystemExit, match="the others are made smaller, and the teacher has 4 layers"):
+        wide.spec_for(tiny_llama)
 
 
 def test_the_table_orders_by_what_is_far_and_puts_what_diverged_last(report):

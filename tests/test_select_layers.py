@@ -49,6 +49,16 @@ def test_the_only_layer_that_looks_far_is_found(text, layer, greedy):
     assert all(other.worth == pytest.approx(0, abs=1e-6) for other in others)
 
 
+def test_the_chosen_layers_get_what_is_wished(text):
+    """Chosen as if it were softmax; a window as long as the text is just that."""
+    teacher, narrow, wide = planted([2]), lz.Window(window=WINDOW, keep=0), lz.Window(window=LENGTH, keep=0)
+    found = lz.select_layers(teacher, text, 1, layers=narrow, give=wide)
+    assert list(found) == [narrow, narrow, wide, narrow]
+    assert kl(teacher, found, text) == pytest.approx(found.curve[1], abs=1e-6)
+    with pytest.raises(LizardzooError, match="softmx"):
+        lz.select_layers(teacher, text, 1, give="softmx")
+
+
 @pytest.mark.parametrize("greedy", [False, True])
 def test_two_layers_that_look_far_are_found_and_the_list_makes_that_model(text, greedy):
     teacher = planted([1, 2])

@@ -24,6 +24,7 @@ from lizardzoo.cli.models import (
 )
 from lizardzoo.diagnose import diagnose as look_at
 from lizardzoo.errors import LizardzooError
+from lizardzoo.mixers import Window
 from lizardzoo.selection import Selection, WindowSelection
 from lizardzoo.selection import select_layers as choose_layers
 from lizardzoo.selection import select_windows as choose_windows
@@ -119,6 +120,12 @@ def select_layers(
     layers: Annotated[
         str, typer.Option("--layers", "-l", help="The mixers of a teacher: a preset's name, or a .json or .py file.")
     ] = "recommended",
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Give the chosen layers a window of so many tokens in place of softmax: memory stays fixed."
+        ),
+    ] = None,
     greedy: Annotated[
         bool, typer.Option("--greedy", help="One layer after the other, each beside those chosen: better, and slower.")
     ] = False,
@@ -147,7 +154,7 @@ def select_layers(
     A student is ranked as it is; a teacher is linearized with --layers first, which
     says less where mixers have parameters: untrained they lose what trained ones keep.
     What a few softmax layers give back is recall: with --recall 512 --recall 1536
-    they are chosen by it.
+    they are chosen by it. With --window 1024 it ends there, and memory does not grow.
     """
     _refuse_layers_file(file)
     tokenizer, weights = load_tokenizer(model), None
@@ -160,7 +167,8 @@ def select_layers(
     with progress_bar("sequences", len(ids)) as progress:
         found = choose_layers(
             subject, ids, keep, layers=_mixers_for(subject, layers), teacher=expected, weights=weights,
-            greedy=greedy, batch_size=batch_size, progress=progress,
+            give="softmax" if window is None else Window(window=window), greedy=greedy, batch_size=batch_size,
+            progress=progress,
         )  # fmt: skip
     _tell(found, file, as_json)
 

@@ -9,6 +9,9 @@ layers give back where nothing else does, so they are best chosen by it:
 
     ids, answers = evaluate.recall_sequences("novel.txt", tokenizer)
     layers = lz.select_layers(teacher, ids, keep=4, weights=answers, greedy=True)
+
+The chosen layers may get something else, such as `give=lz.Window(window=1024)`: recall as far as that, in memory that does
+not grow.
 """
 
 from __future__ import annotations
@@ -21,11 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from lizardzoo.config import SpecLike
+from lizardzoo.config import SpecLike, resolve_spec
 from lizardzoo.errors import LizardzooError
 from lizardzoo.evaluate.ablation import mixers_of
 from lizardzoo.evaluate.positions import Progress, Run
-from lizardzoo.mixers.softmax import Softmax
 from lizardzoo.selection.chosen import Chosen
 from lizardzoo.selection.kl import Text, check_weights, student_and_goal
 
@@ -54,7 +56,7 @@ class Selection(Chosen):
 
     Attributes:
         layers: one spec per layer.
-        kept: the layers that have softmax, the most valuable first (then those that had it before).
+        kept: the chosen layers, the most valuable first (then those that had softmax before).
         ranking: all that had a mixer by worth, the best first.
         curve: the KL to the teacher, in nats per token, with the first 0, 1, 2, ... of the chosen layers.
     """
@@ -96,6 +98,7 @@ def select_layers(
     keep: int,
     *,
     layers: SpecLike | Sequence[SpecLike] = "recommended",
+    give: SpecLike = "softmax",
     teacher: Any = None,
     weights: Tensor | None = None,
     greedy: bool = False,
@@ -114,6 +117,8 @@ def select_layers(
             windows, because within them nothing is lost.
         keep: how many layers shall have softmax in all. Layers that have it already stay, and count.
         layers: the mixers of a model that is a teacher.
+        give: what the chosen layers get in the list. They are chosen as if it were softmax, which a wide window is for
+            texts no longer than it.
         teacher: what KL is measured from; None: the model's own projections with softmax in all layers, which are the
             teacher's until stage 2 has been merged into them.
         weights: [N, T] of at least 0, what each token's prediction counts in the KL; None: all the same. Those of
@@ -130,6 +135,7 @@ def select_layers(
         LizardzooError: as `lizardzoo.linearize` and `lizardzoo.evaluate.by_position`; weights or a
             keep that do not fit.
     """
+    given = resolve_spec(give)
     student, goal = student_and_goal(model, sequences, layers, teacher)
     check_weights(weights, sequences)
     specs = list(student.config.specs)
@@ -161,7 +167,7 @@ def select_layers(
     else:
         chosen = [worth.layer for worth in ranking[:count]]
         curve = [base, *(kls([chosen[:n] for n in range(1, count + 1)]) if count else [])]
-    result = [Softmax() if index in chosen else spec for index, spec in enumerate(specs)]
+    result = [given if index in chosen else spec for index, spec in enumerate(specs)]
     return Selection(result, chosen + already, ranking, curve)
 
 
