@@ -10,8 +10,8 @@ layers give back where nothing else does, so they are best chosen by it:
     ids, answers = evaluate.recall_sequences("novel.txt", tokenizer)
     layers = lz.select_layers(teacher, ids, keep=4, weights=answers, greedy=True)
 
-The chosen layers may get something else, such as `give=lz.Window(window=1024)`: recall as far as that, in memory that does
-not grow.
+The chosen layers may get something else, such as `give=lz.Window(window=1024)`: recall as far as that, in memory that
+does not grow.
 """
 
 from __future__ import annotations
