@@ -152,5 +152,6 @@ def test_the_operator_keeps_what_torch_asks_of_it(case: Case) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "compute_step", record)
-        hybrid_attention_step(**case.step_arguments(0), state=state, impl="triton")
+        turn = torch.zeros(1, 1, 4), torch.ones(1, 1, 4)
+        hybrid_attention_step(**case.step_arguments(0), state=state, turn=turn, impl="triton")
     torch.library.opcheck(fused.hybrid_step, calls[0], test_utils=("test_schema", "test_faketensor"))
