@@ -103,7 +103,7 @@ def step(
         y, log_mass = joint([near, (far[0], add_log_scale(far[1], log_scale, mask))])
         new = share(window, linear, same_keys)
         return y.to(q.dtype), log_mass, overwrite(state, new) if in_place else new
-    linear_ops.check(q, v, feature_map, linear)
+    linear_ops.check(OP, q, v, feature_map, linear)
     state = writable(OP, state, in_place)
     window, linear = state
     gates = (None if x is None else x.float() for x in (log_decay, log_input, log_scale))
