@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import lizardzoo as lz
@@ -236,3 +237,21 @@ def test_outputs_and_gradients_are_those_of_kept_keys_at_nearer_places():
     gradients = (torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (y, expected))
     for a, b in zip(*gradients):
         assert distance(a, b) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.parametrize("name", MIXERS)
+def test_one_compiled_graph_serves_steps_before_and_beyond_the_positions(teacher, name):
+    student, ids = students(teacher, name), torch.randint(0, 100, (2, POSITIONS + 9))
+    expected, found = logits(student, ids), []
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    step = torch.compile(student, fullgraph=True, backend=counter)
+    cache = StaticCache(config=student.config, max_cache_len=ids.shape[1])
+    with torch.no_grad():
+        student(ids[:, : POSITIONS - 4], use_cache=True, **{CACHE_KEYWORD: cache})
+        for t in range(POSITIONS - 4, ids.shape[1]):
+            found.append(step(ids[:, t : t + 1].clone(), use_cache=True, **{CACHE_KEYWORD: cache}).logits)
+    assert distance(torch.cat(found, 1), expected[:, POSITIONS - 4 :]) < 1e-9
+    assert counter.frame_count == 1
+    torch._dynamo.reset()
