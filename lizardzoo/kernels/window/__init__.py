@@ -93,8 +93,9 @@ def window_attention_step(
     Args:
         q, k, v, keep, sinks, scale, mask, impl: as for `window_attention`, with T = 1.
         state: what the call before returned, or the start state; its ring gives the window.
-        turn: cos and sin [B or 1, 1, D]: the kept keys are read rotated by these, as `lizardzoo.kernels.rotate` does it
-            and rounded to their own dtype, and stay held as they are. Triton turns them in the same kernel.
+        turn: cos and sin [B or 1, 1, D]: the kept keys are read rotated by these, in their own dtype, and stay held as
+            they are. Triton does it in the same kernel, in fp32 and rounded once; the reference as its
+            `lizardzoo.kernels.rotate` does, in the dtypes given, so that with fp32 tables they differ by a last bit.
         in_place: the tensors of the given state are overwritten, and it is the one returned; without gradients only.
 
     Returns:
