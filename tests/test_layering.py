@@ -47,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
 # Inside these folders a part imports itself and the shared parts, never a sibling: variants do not know each
 # other. Collectors put variants together.
 SHARED: dict[str, set[str]] = {
-    "kernels": {"dispatch", "features", "launching", "merge", "rows", "state"},
+    "kernels": {"dispatch", "features", "launching", "merge", "rotary", "rows", "state"},
     "mixers": {"base", "branches", "feature_maps", "gates", "merge"},
     "adapters": {"attention", "base", "bases", "config", "fit", "limits", "masks", "publishing"},
 }

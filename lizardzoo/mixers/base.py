@@ -72,7 +72,7 @@ class MixerInputs(NamedTuple):
         sin: [B or 1, T, D], of RoPE.
         mask: [B, T] bool, True = real token; None = all real.
         starts: [B, T] bool, True where a packed document begins; None = none.
-        turns: for texts beyond the teacher's positions; see `lizardzoo.mixers.far`.
+        turns: for texts beyond the teacher's positions; see `lizardzoo.mixers.far` and `Mixer.turns_steps`.
     """
 
     q: Tensor
@@ -84,6 +84,11 @@ class MixerInputs(NamedTuple):
     mask: Tensor | None = None
     starts: Tensor | None = None
     turns: Turns | None = None
+
+    @property
+    def turn(self) -> tuple[Tensor, Tensor] | None:
+        """Of a single token, as the kernels' steps take it: cos and sin [B, 1, D]."""
+        return None if self.turns is None else self.turns[:2]
 
     def each(self, fn: Callable[[Tensor], Tensor]) -> MixerInputs:
         """`fn` of every tensor that is there."""
@@ -113,6 +118,9 @@ class Mixer(nn.Module):
     """
 
     branch_names: ClassVar[tuple[str, ...]] = ()
+    turns_steps: ClassVar[bool] = False
+    """Whether behind a state it hands a single token's `inputs.turn` on to `window_attention_step` or the like. Else no
+    `turns` reach it: kept keys are turned around it (`lizardzoo.mixers.far`), which costs a step a few launches."""
 
     def __init__(self, spec: MixerSpec, shape: AttentionShape) -> None:
         super().__init__()

@@ -131,7 +131,7 @@ class WindowBranch(nn.Module):
         if state is not None and inputs.starts is None and q.shape[1] == 1:
             y, log_mass, state = window_attention_step(
                 q, k, inputs.v, state, keep=spec.keep, sinks=self.sink_logits(), scale=self.shape.scale,
-                mask=inputs.mask, in_place=in_place, impl=impl,
+                mask=inputs.mask, turn=inputs.turn, in_place=in_place, impl=impl,
             )  # fmt: skip
         else:
             y, log_mass, state = window_attention(

@@ -5,7 +5,8 @@ scores to angles that the teacher never met: SmolLM2, trained to 8,192 positions
 (docs/concepts/past.md). So beyond the teacher's positions the kept keys are turned after the queries: from rank R on,
 at every multiple of S, by another S, which leaves them R - S to R - 1 tokens behind (StreamingLLM, arXiv:2309.17453,
 counts positions in the cache instead, to the same end). Nothing changes up to rank R. The steps stand at fixed ranks,
-so that a text cut anywhere gives what the whole one gives; what a state holds is never turned itself.
+so that a text cut anywhere gives what the whole one gives; what a state holds is never turned itself. A step's kernels
+turn what they read (`turn` of `window_attention_step`); for several tokens it is done around the mixer, here.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lizardzoo.kernels import rotate
 from lizardzoo.kernels.rows import arrange, take_tokens
+from lizardzoo.kernels.window import as_held, turned
 from lizardzoo.mixers.base import Mixer, MixerInputs, Turns
 
 STEPS = 8
@@ -68,47 +69,55 @@ def turns(
 def run(mixer: Mixer, inputs: MixerInputs, state: Any | None, need_state: bool) -> tuple[Tensor, Any | None]:
     """`mixer(inputs, state, need_state)` for a text of any length, piece by piece where the turn changes."""
     if inputs.turns is None or not keeps(mixer):
+        return mixer(_without_turns(inputs), state, need_state)
+    if state is not None and _turns_itself(mixer, inputs):
         return mixer(inputs, state, need_state)
     bounds = [0, *inputs.turns.cuts, inputs.q.shape[1]]
     outputs = []
     for start, stop in pairwise(bounds):
         part = inputs.tokens(start, stop)
-        turned, full = near(mixer, part, state)
-        y, new = mixer(part, turned, need_state or stop < bounds[-1])
+        y, new = mixer(_without_turns(part), _near(mixer, part, state), need_state or stop < bounds[-1])
         outputs.append(y)
-        state = new if state is None or new is None else _as_before(mixer, new, state, full, part.starts)
+        state = new if state is None or new is None else _as_before(mixer, new, state, part.starts)
     return torch.cat(outputs, 1), state
 
 
 @torch.no_grad()
 def step_(mixer: Mixer, inputs: MixerInputs, state: Any) -> Tensor:
-    """`mixer.step_(inputs, state)` for a text of any length; the held keys are turned aside and stay as they are."""
+    """`mixer.step_(inputs, state)` for a text of any length; what is held of the kept keys is not turned."""
     if inputs.turns is None or not keeps(mixer):
+        return mixer.step_(_without_turns(inputs), state)
+    if _turns_itself(mixer, inputs):
         return mixer.step_(inputs, state)
-    turned, full = near(mixer, inputs, state)
-    y = mixer.step_(inputs, turned)
-    window, after = mixer.window_state(state), mixer.window_state(turned)
-    if turned is not state and window is not None and after is not None:
-        window.kept_k.copy_(torch.where(full, window.kept_k, after.kept_k))  # one of the first tokens may have come in
+    near, window = _near(mixer, inputs, state), mixer.window_state(state)
+    held = window and window._replace(length=window.length.clone())  # the step overwrites it
+    y = mixer.step_(_without_turns(inputs), near)
+    after = mixer.window_state(near)
+    if held is not None and after is not None:
+        held.kept_k.copy_(as_held(after, held, inputs.starts).kept_k)  # one of the first tokens may have come in
     return y
 
 
-def near(mixer: Mixer, inputs: MixerInputs, state: Any | None) -> tuple[Any, Tensor]:
-    """The state with the kept keys turned as the first token needs it, and which rows [B, 1, 1, 1] have all of them."""
+def _turns_itself(mixer: Mixer, inputs: MixerInputs) -> bool:
+    """Whether this is a step whose kernels turn the kept keys."""
+    return mixer.turns_steps and inputs.q.shape[1] == 1 and inputs.starts is None
+
+
+def _without_turns(inputs: MixerInputs) -> MixerInputs:
+    return inputs._replace(turns=None)
+
+
+def _near(mixer: Mixer, inputs: MixerInputs, state: Any | None) -> Any:
+    """The state with the kept keys turned as the first token needs it."""
     window, far = mixer.window_state(state), inputs.turns
     if window is None or far is None:
-        return state, inputs.q.new_ones((), dtype=torch.bool)
-    keep = window.kept_k.shape[1]
-    cos, sin = (x[:, :1].expand(-1, keep, -1) for x in (far.cos, far.sin))
-    kept, _ = rotate(window.kept_k, window.kept_k, cos, sin, mixer.impl)
-    return mixer.with_window(state, window._replace(kept_k=kept)), (window.length >= keep)[:, None, None, None]
+        return state
+    return mixer.with_window(state, turned(window, (far.cos[:, :1], far.sin[:, :1]), mixer.impl))
 
 
-def _as_before(mixer: Mixer, new: Any, state: Any, full: Tensor, starts: Tensor | None) -> Any:
+def _as_before(mixer: Mixer, new: Any, state: Any, starts: Tensor | None) -> Any:
     """The new state with the kept keys unturned, except those that came in."""
     before, after = mixer.window_state(state), mixer.window_state(new)
     if before is None or after is None:
         return new
-    if starts is not None:
-        full = full & ~starts.any(1)[:, None, None, None]
-    return mixer.with_window(new, after._replace(kept_k=torch.where(full, before.kept_k, after.kept_k)))
+    return mixer.with_window(new, as_held(after, before, starts))

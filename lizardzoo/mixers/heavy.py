@@ -66,6 +66,7 @@ class HeavyMixer(Mixer):
     """Two branches, "window" and "heavy", under one denominator."""
 
     branch_names = ("window", "heavy")
+    turns_steps = True
 
     def __init__(self, spec: Heavy, shape: AttentionShape) -> None:
         super().__init__(spec, shape)
@@ -87,7 +88,7 @@ class HeavyMixer(Mixer):
             return super().forward(inputs, state, need_state)
         tokens, options = self._tokens(inputs), self._options(inputs)
         if state is not None and inputs.starts is None and inputs.q.shape[1] == 1:
-            y, _, near, far = window_and_heavy_step(*tokens, *state, **options)
+            y, _, near, far = window_and_heavy_step(*tokens, *state, **options, turn=inputs.turn)
             return y, HeavyMixerState(near, far)
         past, held = state if state is not None else (None, None)
         y, _, window, heavy = window_and_heavy_attention(
@@ -101,7 +102,9 @@ class HeavyMixer(Mixer):
         """Both branches in one kernel where none is switched off."""
         if self.switched_off or inputs.starts is not None:
             return super().step_(inputs, state)
-        y, *_ = window_and_heavy_step(*self._tokens(inputs), *state, **self._options(inputs), in_place=True)
+        y, *_ = window_and_heavy_step(
+            *self._tokens(inputs), *state, **self._options(inputs), turn=inputs.turn, in_place=True
+        )
         return y
 
     def _tokens(self, inputs: MixerInputs) -> tuple[Tensor, Tensor, Tensor]:

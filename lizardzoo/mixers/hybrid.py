@@ -60,6 +60,7 @@ class HybridMixer(Mixer):
     """Two branches, "linear" and "window"."""
 
     branch_names = ("linear", "window")
+    turns_steps = True
 
     def __init__(self, spec: Hybrid, shape: AttentionShape) -> None:
         super().__init__(spec, shape)
@@ -121,9 +122,10 @@ class HybridMixer(Mixer):
 
     def _step_arguments(self, inputs: MixerInputs) -> dict[str, Any]:
         """What a step of `hybrid_attention` takes: it rotates by itself where only the window wants it."""
+        turn = {"turn": inputs.turn}
         if not self.spec.window_rope or self.spec.feature_rope:
-            return self._arguments(inputs, *self._queries_and_keys(inputs))
-        return self._arguments(inputs, None, (inputs.q, inputs.k)) | {"rope": (inputs.cos, inputs.sin)}
+            return self._arguments(inputs, *self._queries_and_keys(inputs)) | turn
+        return self._arguments(inputs, None, (inputs.q, inputs.k)) | turn | {"rope": (inputs.cos, inputs.sin)}
 
     def _arguments(
         self, inputs: MixerInputs, window: tuple[Tensor, Tensor] | None, features: tuple[Tensor, Tensor]

@@ -38,6 +38,7 @@ class WindowMixer(OneBranch):
     """One branch, "window"."""
 
     branch_names = ("window",)
+    turns_steps = True
 
     def __init__(self, spec: Window, shape: AttentionShape) -> None:
         super().__init__(spec, shape)

@@ -6,16 +6,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.testing import CompileCounter
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import lizardzoo as lz
 from lizardzoo.adapters.masks import CACHE_KEYWORD
+from lizardzoo.kernels.state import state_tensors
 from lizardzoo.mixers import AttentionShape, MixerInputs, far
+from lizardzoo.mixers.window import WindowMixer
 
 POSITIONS, WINDOW, KEEP = 32, 6, 3
 MIXERS = {
     "window": lz.Window(window=WINDOW, keep=KEEP),
     "hybrid": lz.Hybrid(window=WINDOW, keep=KEEP),
+    "sum": lz.Hybrid(window=WINDOW, keep=KEEP, merge="sum"),  # its branches step one by one
     "heavy": lz.Heavy(window=WINDOW, keep=KEEP, heavy=4),
 }
 
@@ -120,6 +124,55 @@ def test_a_long_text_in_pieces_is_the_whole(teacher, name, data):
 
 
 @pytest.mark.parametrize("name", MIXERS)
+def test_steps_that_turn_what_they_read_are_those_around_which_it_is_turned(teacher, name, monkeypatch):
+    """A mixer that knows nothing of turns has the same steps and the same states."""
+    student, ids = students(teacher, name), torch.randint(0, 100, (2, 2 * POSITIONS))
+    assert all(mixer.turns_steps for mixer in student.mixers().values())
+    runs = []
+    for turns_steps in (True, False):
+        for mixer in student.mixers().values():
+            monkeypatch.setattr(mixer, "turns_steps", turns_steps)
+        cache, found = None, []
+        with torch.no_grad():
+            for t in range(ids.shape[1]):
+                out = student(ids[:, t : t + 1], use_cache=True, **({} if cache is None else {CACHE_KEYWORD: cache}))
+                cache = out[CACHE_KEYWORD]
+                found.append(out.logits)
+        runs.append((torch.cat(found, 1), [x for layer in cache.layers for x in state_tensors(layer.state)]))
+    (own, states), (around, others) = runs
+    assert distance(own, around) < 1e-12
+    for a, b in zip(states, others):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+class Blind(WindowMixer):
+    """A mixer whose steps must not hear of turns."""
+
+    turns_steps = False
+
+    def branches(self, inputs, state, need_state, in_place=False):
+        assert inputs.turns is None
+        return super().branches(inputs, state, need_state, in_place)
+
+
+def test_turns_reach_only_mixers_that_hand_them_on(teacher):
+    """Neither one that turns nothing by itself, nor one whose keys are not rotated, nor one that keeps none."""
+    ids = torch.randint(0, 100, (1, POSITIONS + 8))
+    for spec, turns_steps in (
+        (MIXERS["window"], False),
+        (lz.Window(window=WINDOW, keep=KEEP, window_rope=False), True),
+    ):
+        student = lz.linearize(teacher, [spec, MIXERS["window"]]).double()
+        mixer = student.mixers()[0]
+        mixer.__class__ = Blind
+        mixer.turns_steps = turns_steps
+        with torch.no_grad():
+            out = student(ids[:, :-2], use_cache=True)
+            for t in (-2, -1):
+                out = student(ids[:, t:][:, :1], **{CACHE_KEYWORD: out[CACHE_KEYWORD]})
+
+
+@pytest.mark.parametrize("name", MIXERS)
 def test_packed_documents_beyond_the_positions_are_as_alone(teacher, name):
     student = students(teacher, name)
     documents = [torch.randint(0, 100, (1, count)) for count in (POSITIONS + 9, 5, 2 * POSITIONS + 3)]
@@ -184,3 +237,22 @@ def test_outputs_and_gradients_are_those_of_kept_keys_at_nearer_places():
     gradients = (torch.autograd.grad((x * weights).sum(), (q, k, v)) for x in (y, expected))
     for a, b in zip(*gradients):
         assert distance(a, b) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.parametrize("name", MIXERS)
+def test_one_compiled_graph_serves_steps_before_and_beyond_the_positions(teacher, name):
+    student, ids = students(teacher, name), torch.randint(0, 100, (2, POSITIONS + 9))
+    expected, found = logits(student, ids), []
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    step = torch.compile(student, fullgraph=True, backend=counter)
+    cache = StaticCache(config=student.config, max_cache_len=ids.shape[1])
+    with torch.no_grad():
+        student(ids[:, : POSITIONS - 4], use_cache=True, **{CACHE_KEYWORD: cache})
+        for token in ids[:, POSITIONS - 4 :].split(1, 1):
+            out = step(token.clone(), use_cache=True, **{CACHE_KEYWORD: cache})
+            found += [out.logits]
+    assert distance(torch.cat(found, 1), expected[:, POSITIONS - 4 :]) < 1e-9
+    assert counter.frame_count == 1
+    torch._dynamo.reset()

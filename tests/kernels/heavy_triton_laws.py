@@ -308,7 +308,8 @@ def test_the_ops_keep_what_torch_asks_of_them() -> None:
     state = init_state(1, 1, 4, 5, 3, torch.float32, "cpu")
     one = [x.detach()[:, :1] for x in (q, k, v)]
     torch.library.opcheck(step._heavy_step, (*one, torch.zeros(1, 1, 2), *past, *state, None, 0.1, 0.5))
-    torch.library.opcheck(step._joint_step, (*one, *past, *state, torch.zeros(2), None, 0.1, 0.5))
+    for turn in ((None, None), (torch.zeros(1, 1, 4), torch.ones(1, 1, 4))):
+        torch.library.opcheck(step._joint_step, (*one, *past, *state, torch.zeros(2), None, *turn, 0.1, 0.5))
 
 
 @pytest.mark.parametrize(

@@ -85,14 +85,14 @@ def test_steps_are_the_references_steps(case: Case, in_place: bool) -> None:
 @given(narrow_cases(longest=4), st.booleans())
 @torch.no_grad()
 def test_a_step_rotates_as_rotate_does(case: Case, one_table: bool) -> None:
-    """In the kernel, in the reference, and where the branches step one by one."""
+    """In the kernel, in the reference, and where the branches step one by one; beside it a turn of the kept keys."""
     assume("near_q" in case.tensors)  # or the branches share keys
     states = [poisoned(case), case.init_state()]
     for t in range(case.tensors["v"].shape[1]):  # type: ignore[union-attr]
         arguments = case.step_arguments(t)
         q, k = arguments["q"], arguments["k"]
-        angles = torch.randn(1 if one_table else q.shape[0], 1, q.shape[3] // 2).repeat(1, 1, 2)
-        rope = angles.cos(), angles.sin()
+        angles = torch.randn(2, 1 if one_table else q.shape[0], 1, q.shape[3] // 2).repeat(1, 1, 1, 2)
+        rope, arguments["turn"] = zip(angles.cos(), angles.sin())
         rotated = rotate(q, k, *rope, impl="reference")
         *expected, after = hybrid_attention_step(**{**arguments, "rotated": rotated}, state=states[1])
         del arguments["rotated"]
@@ -152,5 +152,6 @@ def test_the_operator_keeps_what_torch_asks_of_it(case: Case) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "compute_step", record)
-        hybrid_attention_step(**case.step_arguments(0), state=state, impl="triton")
+        turn = torch.zeros(1, 1, 4), torch.ones(1, 1, 4)
+        hybrid_attention_step(**case.step_arguments(0), state=state, turn=turn, impl="triton")
     torch.library.opcheck(fused.hybrid_step, calls[0], test_utils=("test_schema", "test_faketensor"))

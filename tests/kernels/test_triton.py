@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,25 @@ import pytest
 import torch
 
 from lizardzoo import LizardzooError
-from lizardzoo.kernels import gated_linear_attention, heavy_attention, hybrid_attention, window_attention
+from lizardzoo.kernels import (
+    gated_linear_attention,
+    gated_linear_attention_step,
+    heavy_attention,
+    heavy_attention_step,
+    hybrid_attention,
+    hybrid_attention_step,
+    rotate,
+    token_gates,
+    window_and_heavy_attention,
+    window_and_heavy_step,
+    window_attention,
+    window_attention_step,
+)
+from lizardzoo.kernels.gated_linear import init_state as init_linear_state
+from lizardzoo.kernels.heavy import init_state as init_heavy_state
+from lizardzoo.kernels.hybrid import share
+from lizardzoo.kernels.token_gates import Gate
+from lizardzoo.kernels.window import init_state as init_window_state
 
 LAWS = sorted(Path(__file__).parent.glob("*_triton_laws.py"))
 
@@ -56,7 +75,7 @@ def test_info_says_triton_of_a_head_dim_where_the_kernels_take_it(size: int) -> 
 
     q: Any = SimpleNamespace(shape=(1, 1, 1, size), dtype=torch.bfloat16, is_cuda=True)
     try:
-        check(q, q, None, None)
+        check("gated_linear_attention", q, q, None, None)
     except LizardzooError:
         assert auto_on_cuda("gated_linear_attention", [size]).startswith("refused")
     else:
@@ -79,17 +98,36 @@ def test_the_laws_hold_in_the_interpreter(laws: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-@pytest.mark.parametrize(
-    ("attention", "options"),
-    [
-        (window_attention, {"window": 3}),
-        (gated_linear_attention, {}),
-        (hybrid_attention, {"window": 3, "lag": 3, "rotated": (torch.zeros(1, 2, 1, 4),) * 2}),
-        (heavy_attention, {"window": 3, "heavy": 2, "log_mass": torch.zeros(1, 2, 1)}),
-    ],
-    ids=["window", "gated_linear", "hybrid", "heavy"],
+X = torch.zeros(1, 1, 1, 4)
+NEAR, HELD = (
+    init_window_state(1, 1, 4, 3, 0, torch.float32, "cpu"),
+    init_heavy_state(1, 1, 4, 3, 2, torch.float32, "cpu"),
 )
-def test_without_the_interpreter_a_cpu_tensor_is_one_clear_error(attention: Any, options: dict[str, Any]) -> None:
-    q = torch.zeros(1, 2, 1, 4)
-    with pytest.raises(LizardzooError, match="triton needs CUDA tensors, got cpu"):
-        attention(q, q, q, **options, impl="triton")
+LINEAR = init_linear_state(1, 1, 1, 4, 8, 0, 0, 0, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("op", "call"),
+    {
+        "window_attention": lambda: window_attention(X, X, X, window=3, impl="triton"),
+        "window_attention, a step": lambda: window_attention_step(X, X, X, NEAR, impl="triton"),
+        "gated_linear_attention": lambda: gated_linear_attention(X, X, X, impl="triton"),
+        "gated_linear_attention, a step": lambda: gated_linear_attention_step(X, X, X, None, LINEAR, impl="triton"),
+        "hybrid_attention": lambda: hybrid_attention(X, X, X, window=3, lag=3, rotated=(X, X), impl="triton"),
+        "hybrid_attention, a step": lambda: hybrid_attention_step(
+            X, X, X, None, share(NEAR, LINEAR, True), rotated=(X, X), impl="triton"
+        ),
+        "heavy_attention": lambda: heavy_attention(X, X, X, X[..., 0], window=3, heavy=2, impl="triton"),
+        "heavy_attention, a step": lambda: heavy_attention_step(X, X, X, X[..., 0], NEAR, HELD, impl="triton"),
+        "window_and_heavy_attention": lambda: window_and_heavy_attention(X, X, X, window=3, heavy=2, impl="triton"),
+        "window_and_heavy_attention, a step": lambda: window_and_heavy_step(X, X, X, NEAR, HELD, impl="triton"),
+        "rotate": lambda: rotate(X, X, X[..., 0, :], X[..., 0, :], impl="triton"),
+        "token_gates": lambda: token_gates(X[..., 0, :], [Gate(torch.zeros(4, 1), torch.zeros(1))], impl="triton"),
+    }.items(),
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_without_the_interpreter_a_cpu_tensor_is_one_clear_error(op: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(
+        LizardzooError, match=f"^{op.partition(',')[0]}: triton needs CUDA tensors, got cpu; pass impl="
+    ):
+        call()

@@ -153,7 +153,8 @@ def test_the_ops_keep_what_torch_asks_of_them() -> None:
     torch.library.opcheck(ops._attention, (q, k, v, sink, first, lengths, 5, 2, 0, 0.5))
     state = init_state(1, 2, 4, 5, 2, torch.float32, "cpu")
     one = [x.detach()[:, :1] for x in (q, k, v)]
-    torch.library.opcheck(ops._step, (*one, *state, None, None, 0.5))
+    for turn in ((None, None), (torch.zeros(1, 1, 4), torch.ones(1, 1, 4))):
+        torch.library.opcheck(ops._step, (*one, *state, None, None, *turn, 0.5))
 
 
 @pytest.mark.parametrize(

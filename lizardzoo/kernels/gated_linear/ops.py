@@ -20,6 +20,7 @@ from lizardzoo.kernels.launching import launch as start
 from lizardzoo.kernels.rows import Rows, arrange, unroll
 from lizardzoo.kernels.state import overwriting, writable
 
+OP = "gated_linear_attention"
 MAX_SIZE = 128
 """Of head_dim and of a half's features: larger tiles do not fit a multiprocessor's shared memory."""
 SIGNATURE = (
@@ -231,7 +232,7 @@ def _allowed(rows: Rows, lag: int, skip: int) -> Tensor:
 
 def chunked(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts, state, return_state):  # type: ignore[no-untyped-def]
     """All tokens of a sequence; see `lizardzoo.kernels.gated_linear.gated_linear_attention`."""
-    check(q, v, feature_map, state)
+    check(OP, q, v, feature_map, state)
     prepared = prepare(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts, state)
     y, log_mass, kv, norm, scale = gated_linear(*prepared.inputs)[:5]
     memory, tokens = (kv, norm, scale), prepared.tokens
@@ -315,7 +316,7 @@ def _(q, k, v, *_):  # type: ignore[no-untyped-def]
 
 def step(q, k, v, log_decay, log_input, feature_map, skip, mask, state, in_place):  # type: ignore[no-untyped-def]
     """One token; see `lizardzoo.kernels.gated_linear.gated_linear_attention_step`."""
-    check(q, v, feature_map, state)
+    check(OP, q, v, feature_map, state)
     maps = (None, None) if feature_map is None else (feature_map.query, feature_map.key)
     inputs = (q, k, v, log_decay, log_input, *maps)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, *state[:7])):
@@ -324,29 +325,25 @@ def step(q, k, v, log_decay, log_input, feature_map, skip, mask, state, in_place
     activation = "none" if feature_map is None else feature_map.activation
     log_decay, log_input = (None if x is None else x.float() for x in (log_decay, log_input))
     inputs = (q, k, v, log_decay, log_input, *maps, mask)
-    state = writable("gated_linear_attention", state, in_place)
+    state = writable(OP, state, in_place)
     ready = [None if x is None else x.contiguous() for x in inputs]
     y, log_mass = overwriting(gated_linear_step, compute_step, state, *ready, *state, activation, skip)
     return y, log_mass, state
 
 
-def check(q: Tensor, v: Tensor, feature_map: FeatureMap | None, state: Any) -> None:
-    """What the kernels do not do."""
+def check(op: str, q: Tensor, v: Tensor, feature_map: FeatureMap | None, state: Any) -> None:
+    """What the kernels do not do; `op` is named."""
     features = q.shape[3] if feature_map is None else feature_map.key.shape[2]
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise LizardzooError(
-            f"gated_linear_attention: triton takes float32, bfloat16 and float16, got {q.dtype}; pass impl='reference'"
-        )
+        raise LizardzooError(f"{op}: triton takes float32, bfloat16 and float16, got {q.dtype}; pass impl='reference'")
     sizes = (q.shape[3], v.shape[3], features)
     # On a device only what tests/gpu has seen right: with 20 features in bf16, code that Triton 3.6 compiles leaves
     # shared memory (compute-sanitizer), or is wrong.
     odd = q.is_cuda and not even_sizes(sizes)
     if max(sizes) > MAX_SIZE or odd:
         raise LizardzooError(
-            f"gated_linear_attention: triton takes as head_dim and feature_dim powers of two and multiples "
-            f"of 16, up to {MAX_SIZE}; got {sizes[0]}, {sizes[1]} and {sizes[2]}; pass impl='reference'"
+            f"{op}: triton takes as head_dim and feature_dim powers of two and multiples of 16, "
+            f"up to {MAX_SIZE}; got {sizes[0]}, {sizes[1]} and {sizes[2]}; pass impl='reference'"
         )
     if state is not None and state[0].dtype != torch.float32:
-        raise LizardzooError(
-            f"gated_linear_attention: triton goes on from a float32 state, got {state[0].dtype}; pass impl='reference'"
-        )
+        raise LizardzooError(f"{op}: triton goes on from a float32 state, got {state[0].dtype}; pass impl='reference'")

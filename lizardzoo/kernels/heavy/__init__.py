@@ -17,7 +17,7 @@ from lizardzoo.kernels.dispatch import Impl, check_qkv, check_token_flags, imple
 from lizardzoo.kernels.heavy import reference
 from lizardzoo.kernels.heavy.state import HeavyState, init_state
 from lizardzoo.kernels.state import check_in_place
-from lizardzoo.kernels.window import WindowState, check_arguments
+from lizardzoo.kernels.window import Turn, WindowState, check_arguments, check_turn
 
 __all__ = [
     "HeavyState",
@@ -186,6 +186,7 @@ def window_and_heavy_step(
     sinks: Tensor | None = None,
     scale: float | None = None,
     mask: Tensor | None = None,
+    turn: Turn | None = None,
     in_place: bool = False,
     impl: Impl | str = Impl.AUTO,
 ) -> tuple[Tensor, Tensor, WindowState, HeavyState]:
@@ -194,6 +195,7 @@ def window_and_heavy_step(
     Args:
         q, k, v, past, state, keep, half_life, scale, mask, impl: as for `heavy_attention_step`.
         sinks: as for `window_attention`.
+        turn: of the kept keys; as for `window_attention_step`.
         in_place: the tensors of `past` and `state` are overwritten, and they are returned; without gradients only.
 
     Returns:
@@ -207,9 +209,10 @@ def window_and_heavy_step(
     _check(BOTH, q, k, v, None, window, state.k.shape[1], keep, past, state)
     check_token_flags(BOTH, q, mask=mask)
     _check_step(BOTH, q, in_place)
+    check_turn(BOTH, k, turn)
     kernels = _kernels(BOTH, impl, q, v, _triton_step)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return kernels.joint_step(q, k, v, keep, _fade(BOTH, half_life), sinks, scale, mask, past, state, in_place)
+    return kernels.joint_step(q, k, v, keep, _fade(BOTH, half_life), sinks, scale, mask, turn, past, state, in_place)
 
 
 def _kernels(op: str, impl: Impl | str, q: Tensor, v: Tensor, triton: Callable[[], Any]) -> Any:

@@ -155,9 +155,9 @@ def joint_chunked(  # type: ignore[no-untyped-def]
     return y.to(q.dtype), log_mass, new_past, new_state
 
 
-def joint_step(q, k, v, keep, fade, sinks, scale, mask, past, state, in_place):  # type: ignore[no-untyped-def]
+def joint_step(q, k, v, keep, fade, sinks, scale, mask, turn, past, state, in_place):  # type: ignore[no-untyped-def]
     """One token of both branches; see `lizardzoo.kernels.heavy.window_and_heavy_step`."""
-    *near, new_past = window_reference.step(q, k, v, keep, sinks, scale, mask, past, False)
+    *near, new_past = window_reference.step(q, k, v, keep, sinks, scale, mask, turn, past, False)
     *far, new_state = step(q, k, v, near[1], keep, fade, scale, mask, past, state, False)
     y, log_mass = joint([(near[0], near[1]), (far[0], far[1])])
     if in_place:

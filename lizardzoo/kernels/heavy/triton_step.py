@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from lizardzoo.kernels.heavy.triton_choice import settled
-from lizardzoo.kernels.window.triton import LOG2E, _attend, _dot, _load, _store, step_masses, write_token
+from lizardzoo.kernels.window.triton import LOG2E, _attend, _dot, _load, _store
+from lizardzoo.kernels.window.triton_step import step_masses, write_token
 
 LARGEST = tl.constexpr(2**63 - 1)
 
@@ -22,17 +23,17 @@ def _bits(score):
     return tl.where(score == float("-inf"), -1, tl.maximum(score.to(tl.int32, bitcast=True), 0))
 
 
-@triton.jit(do_not_specialize=["window", "keep", "heavy", "sinks"])
+@triton.jit(do_not_specialize=["window", "keep", "heavy", "sinks", "stb"])
 def step_kernel(
-    Q, K, V, GIVEN, RING_K, RING_V, KEPT_K, KEPT_V, LENGTH, HELD_K, HELD_V, SCORE, RANK, DRAWN, SINKS, MASK, Y,
-    LOG_MASS, window, keep, heavy, sinks, fade, scale, sqb, sqh, skb, skh, svb, svh, ssh,
+    Q, K, V, GIVEN, RING_K, RING_V, KEPT_K, KEPT_V, LENGTH, HELD_K, HELD_V, SCORE, RANK, DRAWN, SINKS, MASK, COS,
+    SIN, Y, LOG_MASS, window, keep, heavy, sinks, fade, scale, sqb, sqh, skb, skh, svb, svh, ssh, stb,
     HKV: tl.constexpr, G: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, BLOCK_DK: tl.constexpr,
     BLOCK_DV: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, H: tl.constexpr,
 ):  # fmt: skip
     """One token of one key head; see `step.py`.
 
     GIVEN [B, 1, H]: the window's log_mass; then the window stays as it is. None: the token sees the window as well,
-    under the same denominator, and enters it.
+    under the same denominator, and enters it; COS, SIN: the kept keys are turned by them.
     """
     head, b = tl.program_id(0) % HKV, (tl.program_id(0) // HKV).to(tl.int64)
     g = tl.arange(0, M)
@@ -71,8 +72,8 @@ def step_kernel(
     acc = tl.zeros([M, BLOCK_DV], tl.float32)
     if GIVEN is None:
         peak, mass, acc = step_masses(
-            peak, mass, acc, q, k_new, v_new, RING_K, RING_V, KEPT_K, KEPT_V, SINKS, b, head, heads, inside, length,
-            window, keep, sinks, scale, ssh, HKV, DK, DV, BLOCK_DK, BLOCK_DV, N, R,
+            peak, mass, acc, q, k_new, v_new, RING_K, RING_V, KEPT_K, KEPT_V, SINKS, COS, SIN, b, head, heads, inside,
+            length, window, keep, sinks, scale, ssh, stb, HKV, DK, DV, BLOCK_DK, BLOCK_DV, N, R,
         )  # fmt: skip
         log_mass = tl.where(inside, peak, 0.0) + tl.log2(tl.where(inside, mass, 1.0))
     else:

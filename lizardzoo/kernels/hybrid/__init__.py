@@ -14,6 +14,7 @@ from lizardzoo.kernels.hybrid import reference
 from lizardzoo.kernels.hybrid.state import HybridState, share
 from lizardzoo.kernels.rotary import check_rotary
 from lizardzoo.kernels.state import check_in_place
+from lizardzoo.kernels.window import Turn, check_turn
 from lizardzoo.kernels.window import check_arguments as check_window
 
 __all__ = ["HybridState", "hybrid_attention", "hybrid_attention_step", "share"]
@@ -96,6 +97,7 @@ def hybrid_attention_step(
     sinks: Tensor | None = None,
     scale: float | None = None,
     mask: Tensor | None = None,
+    turn: Turn | None = None,
     in_place: bool = False,
     impl: Impl | str = Impl.AUTO,
 ) -> tuple[Tensor, Tensor, HybridState]:
@@ -107,6 +109,7 @@ def hybrid_attention_step(
         rope: cos and sin [B or 1, 1, D], in place of `rotated`: the window takes q and k as
             `lizardzoo.kernels.rotate` gives them. Triton rotates in the same kernel.
         keep, skip, sinks, scale, mask, impl: likewise.
+        turn: of the kept keys; as for `window_attention_step`.
         in_place: the tensors of the given state are overwritten, and it is the one returned; without gradients only.
 
     Returns:
@@ -123,14 +126,15 @@ def hybrid_attention_step(
     check_token_flags(OP, q, mask=mask)
     if rope is not None:
         check_rotary(OP, q, k, *rope)
+    check_turn(OP, k, turn)
     check_in_place(OP, in_place)
     if q.shape[1] != 1:
         raise LizardzooError(f"{OP}: a step takes one token, got {q.shape[1]}; call hybrid_attention")
     kernels = implementation(OP, impl, q.device, reference, _triton)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return kernels.step(
-        q, k, v, log_decay, rotated, rope, log_input, log_scale, feature_map, keep, skip, sinks, scale, mask, state,
-        in_place,
+        q, k, v, log_decay, rotated, rope, log_input, log_scale, feature_map, keep, skip, sinks, scale, mask, turn,
+        state, in_place,
     )  # fmt: skip
 
 

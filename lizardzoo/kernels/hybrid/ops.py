@@ -18,7 +18,7 @@ from lizardzoo.kernels.gated_linear import ops as gated_linear
 from lizardzoo.kernels.gated_linear.launch import Gradients, Inputs
 from lizardzoo.kernels.gated_linear.state import next_state as next_linear_state
 from lizardzoo.kernels.hybrid.state import share
-from lizardzoo.kernels.hybrid.step import step
+from lizardzoo.kernels.hybrid.step import OP, step
 from lizardzoo.kernels.launching import eager, prepared, unit_stride
 from lizardzoo.kernels.window import ops as window_ops
 from lizardzoo.kernels.window.state import next_state as next_window_state
@@ -164,7 +164,7 @@ def chunked(
 ):  # fmt: skip
     """All tokens of a sequence; see `lizardzoo.kernels.hybrid.hybrid_attention`."""
     near, far = (None, None) if state is None else state
-    gated_linear.check(q, v, feature_map, far)
+    gated_linear.check(OP, q, v, feature_map, far)
     prepared = gated_linear.prepare(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts, far)
     rows, (_, values, _, _) = prepared.rows, prepared.tokens
     near_q, near_k = rotated

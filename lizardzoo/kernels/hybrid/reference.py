@@ -28,12 +28,12 @@ def chunked(
 
 
 def step(
-    q, k, v, log_decay, rotated, rope, log_input, log_scale, feature_map, keep, skip, sinks, scale, mask, state,
+    q, k, v, log_decay, rotated, rope, log_input, log_scale, feature_map, keep, skip, sinks, scale, mask, turn, state,
     in_place,
 ):  # fmt: skip
     """One token; see `lizardzoo.kernels.hybrid.hybrid_attention_step`."""
     near_q, near_k = rotated if rope is None else rotate(q, k, *rope)
-    *near, window_state = window_reference.step(near_q, near_k, v, keep, sinks, scale, mask, state.window, False)
+    *near, window_state = window_reference.step(near_q, near_k, v, keep, sinks, scale, mask, turn, state.window, False)
     *far, linear_state = linear_reference.step(
         q, k, v, log_decay, log_input, feature_map, skip, mask, state.linear, False
     )

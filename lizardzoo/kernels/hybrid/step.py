@@ -21,7 +21,8 @@ OP = "hybrid_attention"
 @prepared
 def _launch(
     q, k, v, near_q, near_k, cos, sin, log_decay, log_input, log_scale, query_map, key_map, sinks, mask, ring_k, ring_v,
-    kept_k, kept_v, kv, norm, memory_scale, waiting_k, ring_decay, ring_input, length, activation, lag, skip, scale,
+    kept_k, kept_v, kv, norm, memory_scale, waiting_k, ring_decay, ring_input, length, turn_cos, turn_sin, activation,
+    lag, skip, scale,
 ):  # fmt: skip
     (batch, _, kv_heads, dim), window = k.shape, ring_k.shape[1]
     y, log_mass = q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty(q.shape[:3], dtype=torch.float32)
@@ -31,12 +32,13 @@ def _launch(
     slots = 16 if window_ops.INTERPRETED else min(128, 16384 // (max(width, sizes.BV) * q.element_size()))
     pointers = (
         q, k, v, near_q, near_k, cos, sin, log_decay, log_input, log_scale, query_map, key_map, sinks, mask, ring_k,
-        ring_v, kept_k, kept_v, kv, norm, memory_scale, waiting_k, ring_decay, ring_input, length, y, log_mass,
+        ring_v, kept_k, kept_v, kv, norm, memory_scale, waiting_k, ring_decay, ring_input, length, turn_cos,
+        turn_sin, y, log_mass,
     )  # fmt: skip
     numbers = (
         window, kept_k.shape[1], skip, 0 if sinks is None else sinks.shape[-1],
         0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], scale,
-        0 if cos is None or cos.shape[0] == 1 else dim, query_map.shape[0], key_map.shape[0],
+        window_ops.table_stride(cos), window_ops.table_stride(turn_cos), query_map.shape[0], key_map.shape[0],
     )  # fmt: skip
     constants = {
         "HKV": kv_heads, "DECAYS": 0 if log_decay is None else log_decay.shape[2],
@@ -52,16 +54,18 @@ def compute_step(
     log_decay: Tensor | None, log_input: Tensor | None, log_scale: Tensor | None, query_map: Tensor, key_map: Tensor,
     sinks: Tensor | None, mask: Tensor | None, ring_k: Tensor, ring_v: Tensor, kept_k: Tensor, kept_v: Tensor,
     kv: Tensor, norm: Tensor, memory_scale: Tensor, waiting_k: Tensor | None, ring_decay: Tensor, ring_input: Tensor,
-    length: Tensor, activation: str, lag: int, skip: int, scale: float,
+    length: Tensor, turn_cos: Tensor | None, turn_sin: Tensor | None, activation: str, lag: int, skip: int,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, log_mass; the state moves on in place. All tensors are contiguous.
 
     cos, sin [B or 1, 1, D]: near_q and near_k are yet to be rotated by them; waiting_k None: it is ring_k, or no lag.
+    turn_cos, turn_sin, likewise: of the kept keys.
     """
     return _launch(
         q, k, v, near_q, near_k, cos, sin, log_decay, log_input, log_scale, query_map, key_map, sinks, mask, ring_k,
-        ring_v, kept_k, kept_v, kv, norm, memory_scale, waiting_k, ring_decay, ring_input, length, activation, lag,
-        skip, scale,
+        ring_v, kept_k, kept_v, kv, norm, memory_scale, waiting_k, ring_decay, ring_input, length, turn_cos,
+        turn_sin, activation, lag, skip, scale,
     )  # fmt: skip
 
 
@@ -81,7 +85,7 @@ def _(q, k, v, *_):
 
 
 def step(
-    q, k, v, log_decay, rotated, rope, log_input, log_scale, feature_map, keep, skip, sinks, scale, mask, state,
+    q, k, v, log_decay, rotated, rope, log_input, log_scale, feature_map, keep, skip, sinks, scale, mask, turn, state,
     in_place,
 ):  # fmt: skip
     """One token; see `lizardzoo.kernels.hybrid.hybrid_attention_step`."""
@@ -94,12 +98,12 @@ def step(
     if learns or not _fits(k, log_input, feature_map, state):
         if rope is not None:
             near_q, near_k = rotate(q, k, *rope)
-        *near, window = window_ops.step(near_q, near_k, v, keep, sinks, scale, mask, window, False)
+        *near, window = window_ops.step(near_q, near_k, v, keep, sinks, scale, mask, turn, window, False)
         *far, linear = linear_ops.step(q, k, v, log_decay, log_input, feature_map, skip, mask, linear, False)
         y, log_mass = joint([near, (far[0], add_log_scale(far[1], log_scale, mask))])
         new = share(window, linear, same_keys)
         return y.to(q.dtype), log_mass, overwrite(state, new) if in_place else new
-    linear_ops.check(q, v, feature_map, linear)
+    linear_ops.check(OP, q, v, feature_map, linear)
     state = writable(OP, state, in_place)
     window, linear = state
     gates = (None if x is None else x.float() for x in (log_decay, log_input, log_scale))
@@ -108,7 +112,7 @@ def step(
         hybrid_step, compute_step, state,
         *(None if x is None else x.contiguous() for x in inputs), *window[:4], linear.kv, linear.norm, linear.scale,
         None if lag == 0 or linear.k is window.k else linear.k, linear.log_decay, linear.log_input, window.length,
-        feature_map.activation, lag, skip, float(scale),
+        *window_ops.turn_tables(turn, keep), feature_map.activation, lag, skip, float(scale),
     )  # fmt: skip
     return y, log_mass, state
 

@@ -25,7 +25,8 @@ from lizardzoo.kernels.gated_linear.triton_step import (
     spread,
     store_half,
 )
-from lizardzoo.kernels.window.triton import LOG2E, _attend, _dot, _load, sink_masses
+from lizardzoo.kernels.window.triton import LOG2E, _attend, _dot, _load
+from lizardzoo.kernels.window.triton_step import half_turns, kept_keys, rotated, sink_masses
 
 MARK = tl.constexpr(1 << 32)
 
@@ -64,25 +65,23 @@ def _attend_to(peak, mass, acc, k, v, there, q, inside, scale):
 
 
 @triton.jit
-def _kept(kept_k, kept_v, row, head, keep, start, HKV: tl.constexpr, D: tl.constexpr, V: tl.constexpr,
-          BD: tl.constexpr, BV: tl.constexpr, R: tl.constexpr):  # fmt: skip
-    """Kept tokens start .. start + R: ranks, keys, values."""
+def _kept(
+    kept_k, kept_v, turn_cos, turn_sin, turn_stride, row, head, keep, start, HKV: tl.constexpr, D: tl.constexpr,
+    V: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Kept tokens start .. start + R: ranks, keys (turned), values."""
     r = start + tl.arange(0, R)
     place = (row * keep + r) * HKV + head
-    return r, _load(kept_k, place * D, r < keep, D, BD), _load(kept_v, place * V, r < keep, V, BV)
+    keys = kept_keys(kept_k, turn_cos, turn_sin, row * turn_stride, place * D, r < keep, D, BD)
+    return r, keys, _load(kept_v, place * V, r < keep, V, BV)
 
 
-@triton.jit
-def _rotate(x, partner, cos, sin):
-    """Numbers rotated with their partners of the other half; sin is negative in the first half. Rounded once."""
-    return (x.to(tl.float32) * cos + partner.to(tl.float32) * sin).to(x.dtype)
-
-
-@triton.jit(do_not_specialize=["window", "keep", "skip", "sinks"])
+@triton.jit(do_not_specialize=["window", "keep", "skip", "sinks", "turn_stride"])
 def step(
     q, k, v, near_q, near_k, cos, sin, decay, enter, log_scale, query_maps, key_maps, sink_logits, mask,
-    ring_k, ring_v, kept_k, kept_v, kv, norm, memory_scale, waiting_k, ring_decay, ring_enter, length, y, log_mass,
-    window, keep, skip, sinks, sink_stride, scale, table_stride, query_map_heads, key_map_heads,
+    ring_k, ring_v, kept_k, kept_v, kv, norm, memory_scale, waiting_k, ring_decay, ring_enter, length, turn_cos,
+    turn_sin, y, log_mass, window, keep, skip, sinks, sink_stride, scale, table_stride, turn_stride, query_map_heads,
+    key_map_heads,
     HKV: tl.constexpr, DECAYS: tl.constexpr, ENTERS: tl.constexpr, LAG: tl.constexpr, KEPT: tl.constexpr,
     D: tl.constexpr, F: tl.constexpr, F2: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr,
     BV: tl.constexpr, G: tl.constexpr, ROWS: tl.constexpr, TIMES: tl.constexpr, DEPTH: tl.constexpr,
@@ -91,8 +90,9 @@ def step(
     """One token of one key head; row m of a product is query head m // TIMES of the group.
 
     LAG: the token that leaves the window enters the memory; otherwise the new one does. waiting_k None: the memory
-    takes the keys of the window. cos, sin: near_q and near_k are rotated here; None: they are already. MORE: the window
-    is wider than a tile of N slots; the first is asked for early.
+    takes the keys of the window. cos, sin: near_q and near_k are rotated here; None: they are already. turn_cos,
+    turn_sin: the kept keys are turned by them. MORE: the window is wider than a tile of N slots; the first is asked for
+    early.
     """
     head, row = tl.program_id(0) % HKV, (tl.program_id(0) // HKV).to(tl.int64)
     own = row * HKV + head
@@ -113,19 +113,18 @@ def step(
     tile = _tile(ring_k, ring_v, ring_decay, row, head, window, 0, HKV, WAITING, D, V, BD, BV, N)
     key_weight = load_maps(key_maps, key_map_at, one == 0, 0, D, F, BF, DEPTH, MAP)
     if KEPT:
-        r, kept_keys, kept_values = _kept(kept_k, kept_v, row, head, keep, 0, HKV, D, V, BD, BV, R)
+        r, old_keys, old_values = _kept(
+            kept_k, kept_v, turn_cos, turn_sin, turn_stride, row, head, keep, 0, HKV, D, V, BD, BV, R
+        )
     queries = _load(near_q, places * D, inside, D, BD)
     k_new = tl.load(near_k + own * D + d, mask=d < D, other=0.0)
     if cos is not None:
-        c = tl.load(cos + row * table_stride + d, mask=d < D, other=0.0).to(tl.float32)
-        s = tl.load(sin + row * table_stride + d, mask=d < D, other=0.0).to(tl.float32)
-        partner = tl.where(d < D // 2, d + D // 2, d - D // 2)
-        s = tl.where(d < D // 2, -s, s)
+        c, s, partner = half_turns(cos, sin, row * table_stride, D, BD)
         q_other = tl.load(
             near_q + places[:, None] * D + partner[None, :], mask=inside[:, None] & (d < D)[None, :], other=0.0
         )
         k_other = tl.load(near_k + own * D + partner, mask=d < D, other=0.0)
-        queries, k_new = _rotate(queries, q_other, c[None, :], s[None, :]), _rotate(k_new, k_other, c, s)
+        queries, k_new = rotated(queries, q_other, c[None, :], s[None, :]), rotated(k_new, k_other, c, s)
     v_new = tl.load(v + own * V + e, mask=e < V, other=0.0)
     own_decay, own_enter, shift = 0.0, 0.0, tl.zeros([ROWS * TIMES], tl.float32)
     if DECAYS > 0:
@@ -170,11 +169,13 @@ def step(
             )
     if KEPT:
         there = (r < keep) & (r <= seen - window)
-        peak, mass, acc = _attend_to(peak, mass, acc, kept_keys, kept_values, there, queries, inside, scale)
+        peak, mass, acc = _attend_to(peak, mass, acc, old_keys, old_values, there, queries, inside, scale)
         for start in range(R, keep, R):
-            r, kept_keys, kept_values = _kept(kept_k, kept_v, row, head, keep, start, HKV, D, V, BD, BV, R)
+            r, old_keys, old_values = _kept(
+                kept_k, kept_v, turn_cos, turn_sin, turn_stride, row, head, keep, start, HKV, D, V, BD, BV, R
+            )
             there = (r < keep) & (r <= seen - window)
-            peak, mass, acc = _attend_to(peak, mass, acc, kept_keys, kept_values, there, queries, inside, scale)
+            peak, mass, acc = _attend_to(peak, mass, acc, old_keys, old_values, there, queries, inside, scale)
     if sink_logits is not None:
         heads = head * G + m // TIMES
         peak, mass, acc = sink_masses(peak, mass, acc, sink_logits, heads, inside, sink_stride, sinks, R)

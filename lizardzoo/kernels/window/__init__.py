@@ -8,11 +8,23 @@ from torch import Tensor
 
 from lizardzoo.errors import LizardzooError
 from lizardzoo.kernels.dispatch import Impl, check_qkv, check_token_flags, implementation
+from lizardzoo.kernels.rotary import check_rotary
 from lizardzoo.kernels.state import check_in_place
 from lizardzoo.kernels.window import reference
 from lizardzoo.kernels.window.state import WindowState, init_state
+from lizardzoo.kernels.window.turning import Turn, as_held, turned
 
-__all__ = ["WindowState", "check_arguments", "init_state", "window_attention", "window_attention_step"]
+__all__ = [
+    "Turn",
+    "WindowState",
+    "as_held",
+    "check_arguments",
+    "check_turn",
+    "init_state",
+    "turned",
+    "window_attention",
+    "window_attention_step",
+]
 
 OP = "window_attention"
 
@@ -72,6 +84,7 @@ def window_attention_step(
     sinks: Tensor | None = None,
     scale: float | None = None,
     mask: Tensor | None = None,
+    turn: Turn | None = None,
     in_place: bool = False,
     impl: Impl | str = Impl.AUTO,
 ) -> tuple[Tensor, Tensor, WindowState]:
@@ -80,6 +93,9 @@ def window_attention_step(
     Args:
         q, k, v, keep, sinks, scale, mask, impl: as for `window_attention`, with T = 1.
         state: what the call before returned, or the start state; its ring gives the window.
+        turn: cos and sin [B or 1, 1, D]: the kept keys are read rotated by these, in their own dtype, and stay held as
+            they are. Triton does it in the same kernel, in fp32 and rounded once; the reference as its
+            `lizardzoo.kernels.rotate` does, in the dtypes given, so that with fp32 tables they differ by a last bit.
         in_place: the tensors of the given state are overwritten, and it is the one returned; without gradients only.
 
     Returns:
@@ -92,10 +108,11 @@ def window_attention_step(
     check_token_flags(OP, q, mask=mask)
     if q.shape[1] != 1:
         raise LizardzooError(f"{OP}: a step takes one token, got {q.shape[1]}; call window_attention")
+    check_turn(OP, k, turn)
     check_in_place(OP, in_place)
     kernels = _kernels(impl, q, v)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return kernels.step(q, k, v, keep, sinks, scale, mask, state, in_place)
+    return kernels.step(q, k, v, keep, sinks, scale, mask, turn, state, in_place)
 
 
 def _kernels(impl: Impl | str, q: Tensor, v: Tensor) -> Any:
@@ -126,3 +143,9 @@ def check_arguments(
             f"{op}: the state was made with window={state.k.shape[1]}, keep={state.kept_k.shape[1]}, "
             f"got window={window}, keep={keep}; start from a new state"
         )
+
+
+def check_turn(op: str, k: Tensor, turn: Turn | None) -> None:
+    """What a step raises at: a turn of the kept keys that does not fit its token's key k [B, 1, Hkv, D]."""
+    if turn is not None:
+        check_rotary(f"{op}, turn", k, k, *turn)

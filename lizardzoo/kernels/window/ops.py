@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from lizardzoo.errors import LizardzooError
+from lizardzoo.kernels.dispatch import Impl
 from lizardzoo.kernels.launching import eager, launch, power_of_2, prepared, strides, unit_stride
 from lizardzoo.kernels.rows import arrange, unroll
 from lizardzoo.kernels.state import overwriting, writable
 from lizardzoo.kernels.window import triton as kernels
+from lizardzoo.kernels.window import triton_step
 from lizardzoo.kernels.window.state import next_state
+from lizardzoo.kernels.window.turning import as_held, turned
 
 INTERPRETED = kernels.INTERPRETED.value  # TRITON_INTERPRET=1
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -269,8 +272,18 @@ def chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_sta
     return y, log_mass, new_state
 
 
+def turn_tables(turn, keep):
+    """cos and sin as steps take them, contiguous; without kept keys there is nothing to turn."""
+    return (None, None) if turn is None or keep == 0 else tuple(x.contiguous() for x in turn)
+
+
+def table_stride(cos):
+    """From row to row of a contiguous table [B or 1, 1, D], 0 where all rows have one."""
+    return 0 if cos is None or cos.shape[0] == 1 else cos.shape[2]
+
+
 @prepared
-def _launch_step(q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, scale):
+def _launch_step(q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, cos, sin, scale):
     (batch, _, heads, _), kv_heads = q.shape, k.shape[2]
     y, log_mass = q.new_empty((batch, 1, heads, v.shape[3])), q.new_empty((batch, 1, heads), dtype=torch.float32)
     shape = {name: value for name, value in _sizes(q, k, v, None).items() if name != "DOCUMENTS"}
@@ -280,11 +293,11 @@ def _launch_step(q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, s
         "N": 16 if INTERPRETED else min(64, max(16, 8192 // wide)),
     }
     launch(
-        kernels.step_kernel, (batch * kv_heads,),
-        (q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, y, log_mass),
+        triton_step.step_kernel, (batch * kv_heads,),
+        (q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, cos, sin, y, log_mass),
         (ring_k.shape[1], kept_k.shape[1], 0 if sinks is None else sinks.shape[-1], scale,
          *(x.stride(axis) for x in (q, k, v) for axis in (0, 2)),
-         0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1]),
+         0 if sinks is None or sinks.ndim == 1 else sinks.shape[-1], table_stride(cos)),
         {**shape, **tile, "R": KEPT_BLOCK}, num_warps=4, num_stages=2,
     )  # fmt: skip
     return y, log_mass
@@ -292,12 +305,12 @@ def _launch_step(q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, s
 
 def compute_step(
     q: Tensor, k: Tensor, v: Tensor, ring_k: Tensor, ring_v: Tensor, kept_k: Tensor, kept_v: Tensor, length: Tensor,
-    sinks: Tensor | None, mask: Tensor | None, scale: float,
+    sinks: Tensor | None, mask: Tensor | None, cos: Tensor | None, sin: Tensor | None, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y, log_mass; the (contiguous) state moves on in place."""
+    """y, log_mass; the (contiguous) state moves on in place. cos, sin: see `turn_tables`."""
     sinks, mask = (None if x is None else x.contiguous() for x in (sinks, mask))
     q, k, v = unit_stride(q), unit_stride(k), unit_stride(v)
-    y, log_mass = _launch_step(q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, scale)
+    y, log_mass = _launch_step(q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, cos, sin, scale)
     length += 1 if mask is None else mask[:, 0]
     return y, log_mass
 
@@ -310,18 +323,21 @@ _step = torch.library.custom_op(
 
 
 @_step.register_fake
-def _(q, k, v, ring_k, ring_v, kept_k, kept_v, length, sinks, mask, scale):
+def _(q, k, v, *_):
     return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def step(q, k, v, keep, sinks, scale, mask, state, in_place):
+def step(q, k, v, keep, sinks, scale, mask, turn, state, in_place):
     """One token; see `lizardzoo.kernels.window.window_attention_step`.
 
     One kernel launch, without a graph; where a gradient is wanted, the kernels of a whole sequence do it.
     """
     inputs = (q, k, v, sinks, *state[:4])
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
-        return chunked(q, k, v, state.k.shape[1], keep, sinks, scale, mask, None, state, True)
+        near = turned(state, turn, Impl.TRITON)
+        *found, new = chunked(q, k, v, state.k.shape[1], keep, sinks, scale, mask, None, near, True)
+        return *found, new if near is state else as_held(new, state)
     state = writable("window_attention", state, in_place)
-    found = overwriting(_step, compute_step, state, q, k, v, *state, sinks, mask, float(scale))
+    tables = turn_tables(turn, keep)
+    found = overwriting(_step, compute_step, state, q, k, v, *state, sinks, mask, *tables, float(scale))
     return *found, state

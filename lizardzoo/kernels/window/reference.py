@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lizardzoo.kernels.dispatch import compute_dtype
+from lizardzoo.kernels.dispatch import Impl, compute_dtype
 from lizardzoo.kernels.rows import arrange, take_tokens, unroll
 from lizardzoo.kernels.state import overwrite
 from lizardzoo.kernels.window.state import WindowState, next_state
+from lizardzoo.kernels.window.turning import turned
 
 CHUNK = 64  # queries a tile; a tile holds CHUNK x (window + CHUNK) scores
 NEG_INF = float("-inf")
@@ -75,7 +76,7 @@ def chunked(q, k, v, window, keep, sinks, scale, mask, starts, state, return_sta
     return rows.unpack(y).to(q.dtype), rows.unpack(log_mass), new_state
 
 
-def step(q, k, v, keep, sinks, scale, mask, state, in_place):  # type: ignore[no-untyped-def]
+def step(q, k, v, keep, sinks, scale, mask, turn, state, in_place):  # type: ignore[no-untyped-def]
     """One token; see `lizardzoo.kernels.window.window_attention_step`."""
     ring_k, ring_v, kept_k, kept_v, length = state
     dtype = compute_dtype(q)
@@ -90,7 +91,9 @@ def step(q, k, v, keep, sinks, scale, mask, state, in_place):  # type: ignore[no
 
     ring_k, ring_v = (write(past, new, slots == rank % window) for past, new in ((ring_k, k), (ring_v, v)))
     kept_k, kept_v = (write(past, new, ranks == rank) for past, new in ((kept_k, k), (kept_v, v)))
-    keys, values = torch.cat([ring_k, kept_k], 1).to(dtype), torch.cat([ring_v, kept_v], 1).to(dtype)
+    new = WindowState(ring_k, ring_v, kept_k, kept_v, length + real[:, 0].long())
+    read_k = turned(new, turn, Impl.REFERENCE).kept_k
+    keys, values = torch.cat([ring_k, read_k], 1).to(dtype), torch.cat([ring_v, kept_v], 1).to(dtype)
     visible = torch.cat([slots <= rank, ranks <= rank - window], 1) & real
 
     qs = q[:, 0].to(dtype).unflatten(1, (kv_heads, groups)) * scale
@@ -99,7 +102,6 @@ def step(q, k, v, keep, sinks, scale, mask, state, in_place):  # type: ignore[no
     values = torch.where(visible[..., None, None], values, 0.0)
     y = torch.einsum("bhgs,bshd->bhgd", weights[..., 0, :], values).flatten(1, 2)[:, None]
     log_mass = torch.where(real[..., None], log_mass.flatten(1, 2)[:, None, :, 0], NEG_INF)
-    new = WindowState(ring_k, ring_v, kept_k, kept_v, length + real[:, 0].long())
     return y.to(q.dtype), log_mass, overwrite(state, new) if in_place else new
 
 
