@@ -52,7 +52,7 @@ def write(model: Any, tokenizer: Any, arguments: Namespace, began: float) -> Non
         for text in streams.round(arguments.seed * 1_000_003 + number):
             chat = bool(scripts[text.row].bridge)
             said = [turn.strip() for turn in tokenizer.batch_decode(text.turns, skip_special_tokens=True)]
-            if wrong := fault(text, said, chat, special, asked):
+            if wrong := fault(text, said, chat, arguments.unfinished, special, asked):
                 dropped[wrong] += 1
                 continue
             if chat:
@@ -123,10 +123,13 @@ def start_token(tokenizer: Any, name: str | None) -> int:
     return int(found)
 
 
-def fault(text: Written, said: Sequence[str], chat: bool, special: set[int], asked: set[str]) -> str:
-    """Why a text, which says `said`, is not taken; empty where it is."""
-    if chat and not text.whole:
-        return "without an end"  # plain texts may be cut, as any document is that is packed for training
+def fault(text: Written, said: Sequence[str], chat: bool, cut: bool, special: set[int], asked: set[str]) -> str:
+    """Why a text, which says `said`, is not taken; empty where it is. `cut`: a chat's answer may have no end.
+
+    Plain text may always be cut, as any document is that is packed for training.
+    """
+    if chat and not text.whole and not (cut and len(said) > 1):
+        return "without an end"
     if not all(said):
         return "empty"
     if any(not special.isdisjoint(turn) for turn in text.turns):

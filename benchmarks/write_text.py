@@ -46,6 +46,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     alone = parser.add_argument_group("without prompts")
     alone.add_argument("--plain", type=float, help="share of plain text; default: 0, without a chat template 1")
     alone.add_argument("--start", help="the token that plain text starts with; default: the tokenizer's")
+    alone.add_argument("--unfinished", action="store_true", help="take answers that are cut at --tokens as well")
     alone.add_argument("--steps", type=int, default=1536, help="tokens of a round in which texts are begun")
     given = parser.parse_args(argv)
     if given.prompts is None and given.count is None and given.minutes is None:

@@ -123,3 +123,11 @@ def test_what_it_cannot_do_is_said(bench, capsys, monkeypatch):
     assert "--micro has to divide --batch 8, got 3" in capsys.readouterr().err
     with pytest.raises(LizardzooError, match="whole sequences of single documents"):
         build_mixer(dense_of("hybrid"), bench.SMALL, 64, "cpu", "reference")(None, need_state=True)
+
+
+@pytest.mark.gpu
+def test_the_kernels_learn_what_dense_computation_does(call, bench):
+    code, run = call()
+    assert code == 0
+    assert all(entry["peak MiB"] > 0 for entry in run["results"])
+    assert len(run["results"]) == 2 * len(bench.CONTENDERS) - 1

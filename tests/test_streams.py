@@ -54,7 +54,7 @@ def test_each_token_is_the_models_own_wherever_its_row_stands(streams, tiny_llam
     for text in texts:
         tokens, own = chosen(streams, text)
         if own:
-            best = expected(torch.tensor([tokens])).logits[0].argmax(-1)
+            best = expected(torch.tensor([tokens], device=expected.device)).logits[0].argmax(-1)
             assert [tokens[place] for place in own] == [int(best[place - 1]) for place in own]
     rows = [[text.turns for text in texts if text.row == row] for row in range(5)]
     assert all(len(row) > 1 and row.count(row[0]) == len(row) for row in rows)  # nothing is left of the text before
@@ -100,3 +100,9 @@ def test_what_is_begun_is_ended_and_nothing_else(streams, tiny_llama):
         assert len(over) == sum(text.row == row for text in texts)
         assert sum(step >= 30 for step in over) == 1
         assert set(codes[over[-1] + 1 :]) == {streams.IDLE} and streams.IDLE not in codes[: over[-1]]
+
+
+@pytest.mark.gpu
+def test_a_graph_of_the_step_writes_the_same(streams, tiny_llama):
+    test_each_token_is_the_models_own_wherever_its_row_stands(streams, tiny_llama.to("cuda"))
+    test_a_round_is_its_seed(streams, tiny_llama)

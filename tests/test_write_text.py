@@ -82,6 +82,8 @@ def alone(write_text, tiny_folder, tmp_path, monkeypatch):
 def test_a_chat_model_needs_nobodys_prompts(alone, tiny_tokenizer, tmp_path, capsys):
     rows = [json.loads(line) for line in alone("a.jsonl", "--count", 30, "--plain", 0.5).splitlines()]
     assert len(rows) >= 30
+    more = alone("b.jsonl", "--count", 30, "--plain", 0.5, "--unfinished").splitlines()
+    assert set(alone("a.jsonl", "--count", 30).splitlines()[:10]) < set(more)  # the same texts, and more of them
     chats = [row for row in rows if row.keys() == {"instruction", "output", "round"}]
     plain = [row for row in rows if row.keys() == {"text", "round"}]
     assert len(chats) + len(plain) == len(rows) and len(chats) > 5 and len(plain) > 5
@@ -136,12 +138,14 @@ def test_only_texts_that_are_of_use_are_taken(write_text):
     from streams import Written
     from unprompted import fault
 
-    def judged(turns, said, whole=True, chat=True):
-        return fault(Written(0, turns, whole), said, chat, {0}, {"name lizards"})
+    def judged(turns, said, whole=True, chat=True, cut=False):
+        return fault(Written(0, turns, whole), said, chat, cut, {0}, {"name lizards"})
 
     good, chat = list(range(5, 60)), ["Why?", "So."]
     assert judged([[5, 6], good], chat) == ""
     assert judged([[5, 6], good], chat, whole=False) == "without an end"
+    assert judged([[5, 6], good], chat, whole=False, cut=True) == ""
+    assert judged([[5, 6]], ["Why?"], whole=False, cut=True) == "without an end"  # nobody has answered
     assert judged([good], ["So."], whole=False, chat=False) == ""  # a document may be cut
     assert judged([[5, 6], []], ["Why?", ""]) == "empty"
     assert judged([[5, 0], good], chat) == "with special tokens inside"
