@@ -106,3 +106,12 @@ def test_what_is_begun_is_ended_and_nothing_else(streams, tiny_llama):
 def test_a_graph_of_the_step_writes_the_same(streams, tiny_llama):
     test_each_token_is_the_models_own_wherever_its_row_stands(streams, tiny_llama.to("cuda"))
     test_a_round_is_its_seed(streams, tiny_llama)
+
+
+def test_no_number_comes_back_before_a_round_is_over(streams, tiny_llama):
+    """On the meta device whoever asks for one fails, as the capture of a graph would."""
+    meta = copy.deepcopy(tiny_llama).to("meta")
+    model = streams.Streams(meta, scripts(streams), ENDS, tokens=TOKENS, first_turn=FIRST, steps=5)
+    model.step()
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        bool(model.live.any())
