@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lizardzoo.config import MixerSpec
 from lizardzoo.kernels import (
     FeatureMap,
     Impl,
@@ -203,27 +204,28 @@ def hybrid(_: Inputs, impl: str) -> Function:
 MIXERS = ("hybrid", "heavy")
 
 
-def mixer(i: Inputs, impl: str, kind: str) -> Function:
+def mixer(i: Inputs, impl: str, kind: str | MixerSpec) -> Function:
     """A mixer with RoPE, and with gates computed from x if it has any: the layer without its projections."""
     shape = Shape(i.q.shape[2], i.k.shape[2], *i.map_query.shape[1:])
     module = build_mixer(kind, shape, i.x.shape[2], i.q.device, impl)
     if i.q.dtype == torch.float64:
         module.double()
-    parameters = dict(module.named_parameters())
 
     def run(i: Inputs) -> Tensor:
         return module(MixerInputs(i.q, i.k, i.v, i.x, i.cos, i.sin))[0]
 
-    return Function(run, ("q", "k", "v", *(["x"] if parameters else [])), parameters)
+    names = ("q", "k", "v", *(["x"] if "token_gates" in module.kernels else []))
+    return Function(run, names, dict(module.named_parameters()))
 
 
-def build_mixer(kind: str, shape: Shape, hidden: int, device: torch.device | str, impl: str) -> Any:
-    """Always the same random weights, near the start values."""
-    spec = (
-        Heavy(window=WINDOW, keep=KEEP, heavy=HEAVY, half_life=int(HALF_LIFE))
-        if kind == "heavy"
-        else Hybrid(window=WINDOW, keep=KEEP, feature_dim=shape.feature_dim)
-    )
+def build_mixer(kind: str | MixerSpec, shape: Shape, hidden: int, device: torch.device | str, impl: str) -> Any:
+    """One of `MIXERS`, or of any spec: always the same random weights, near the start values."""
+    if isinstance(kind, MixerSpec):
+        spec = kind
+    elif kind == "heavy":
+        spec = Heavy(window=WINDOW, keep=KEEP, heavy=HEAVY, half_life=int(HALF_LIFE))
+    else:
+        spec = Hybrid(window=WINDOW, keep=KEEP, feature_dim=shape.feature_dim)
     module = spec.build(AttentionShape(hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.head_dim**-0.5))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():

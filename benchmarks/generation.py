@@ -103,7 +103,7 @@ def state_cache(student: Any, ids: Tensor) -> Cache:
 
 def drawn_full_cache(teacher: Any, ids: Tensor) -> Cache:
     """`full_cache` of the size for ids with random numbers: how long a step takes does not depend on them."""
-    shape = (len(ids), *_kv_shape(teacher, ids.shape[1]))
+    shape = (len(ids), *kv_shape(teacher, ids.shape[1]))
     drawn = ([torch.randn(shape, dtype=teacher.dtype, device=ids.device) for _ in "kv"] for _ in _layers(teacher))
     return Cache(layers=[FullLayer(keys, values) for keys, values in drawn])
 
@@ -111,7 +111,7 @@ def drawn_full_cache(teacher: Any, ids: Tensor) -> Cache:
 def drawn_static_cache(teacher: Any, ids: Tensor) -> Cache:
     """`static_cache` with random numbers."""
     cache = StaticCache(config=teacher.config, max_cache_len=ids.shape[1] + ROOM)
-    token = torch.empty(len(ids), *_kv_shape(teacher, 1), dtype=teacher.dtype, device=ids.device)
+    token = torch.empty(len(ids), *kv_shape(teacher, 1), dtype=teacher.dtype, device=ids.device)
     for layer in cache.layers:
         layer.lazy_initialization(token, token)
         layer.keys.normal_()
@@ -120,7 +120,8 @@ def drawn_static_cache(teacher: Any, ids: Tensor) -> Cache:
     return cache
 
 
-def _kv_shape(model: Any, length: int) -> tuple[int, int, int]:
+def kv_shape(model: Any, length: int) -> tuple[int, int, int]:
+    """Of a row's keys, or values, in a layer."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return config.num_key_value_heads, length, head_dim

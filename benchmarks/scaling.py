@@ -202,8 +202,13 @@ def work(given: argparse.Namespace) -> None:
 
 
 def student(given: argparse.Namespace, device: torch.device) -> Any:
-    """The same random student in every process: bf16 on a GPU (made there, for speed, and brought to the CPU)."""
-    hidden, mlp, layers, heads, kv_heads, head_dim, vocabulary = SIZES[given.size]
+    """The same random student in every process, on the CPU."""
+    return lz.linearize(random_teacher(given.size, given.tokens, device), given.layers).to("cpu")
+
+
+def random_teacher(size: str, tokens: int, device: torch.device) -> LlamaForCausalLM:
+    """Always the same random Llama: in bf16 on a GPU, where it is made for speed, else in fp32."""
+    hidden, mlp, layers, heads, kv_heads, head_dim, vocabulary = SIZES[size]
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=hidden,
@@ -212,17 +217,14 @@ def student(given: argparse.Namespace, device: torch.device) -> Any:
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=given.tokens,
+        max_position_embeddings=tokens,
         initializer_range=hidden**-0.5,  # scores and logits of about 1: with less, attention would be a plain mean
-        tie_word_embeddings=given.size != "8b",
+        tie_word_embeddings=size != "8b",
         dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
     )
     torch.manual_seed(0)
     with device:
-        teacher = LlamaForCausalLM._from_config(config, dtype=config.dtype)
-    made = lz.linearize(teacher, given.layers)
-    del teacher
-    return made.to("cpu")
+        return LlamaForCausalLM._from_config(config, dtype=config.dtype)
 
 
 def reset_memory(device: torch.device) -> None:

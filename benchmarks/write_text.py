@@ -1,10 +1,13 @@
-"""Training text that the teacher itself wrote: its answers to prompts, sampled; data for `lizardzoo distill --data`.
+"""Training text that the teacher itself wrote, sampled; data for `lizardzoo distill --data`.
 
-    python benchmarks/write_text.py --prompts alpaca_prompts.jsonl.gz --out out/written.jsonl --count 4000 --minutes 10
+    python benchmarks/write_text.py --out out/written.jsonl --minutes 10             # without anyone's prompts
+    python benchmarks/write_text.py --out out/written.jsonl --minutes 10 --prompts alpaca_prompts.jsonl.gz --count 4000
 
-A teacher's own text is what a student is to follow it on (on-policy distillation). Each line of the result has the
-prompt's "instruction" (and "input") and the answer as "output". The same command goes on behind the lines that are
-there; every batch has a seed of its own, so that stopping and going on gives the same text.
+A teacher's own text is what a student is to follow it on (on-policy distillation). Without prompts a chat model
+writes the user's turn as well, and a share of plain text if asked for, other models plain text alone (`unprompted.py`
+says how). Lines have "instruction" and "output", or "text"; with prompts, the prompt's "instruction" and "input", whose
+licence follows along. The same command goes on behind the lines that are there; every batch, or round, has a seed of
+its own, so that stopping and going on gives the same text.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils import logging as transformers_logging
+from unprompted import write
 
 from lizardzoo.smollm2 import load_teacher
 
@@ -27,23 +31,44 @@ from lizardzoo.smollm2 import load_teacher
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--prompts", type=Path, required=True, help=".jsonl (also .gz) with an instruction a line")
     parser.add_argument("--out", type=Path, required=True, help="the .jsonl file to write, or to go on with")
-    parser.add_argument("--count", type=int, help="answers in all; default: one for each prompt")
+    parser.add_argument("--prompts", type=Path, help=".jsonl (also .gz) with an instruction a line; default: none")
+    parser.add_argument("--count", type=int, help="answers in all; without prompts: stop after the round that has them")
     parser.add_argument("--teacher", type=Path, help="folder of the teacher; default: lizardzoo.smollm2's")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
-    parser.add_argument("--batch", type=int, default=128, help="prompts answered at once")
-    parser.add_argument("--tokens", type=int, default=512, help="longest answer")
+    parser.add_argument("--batch", type=int, help="texts at once; default: 128 with prompts, 1024 without")
+    parser.add_argument(
+        "--tokens", type=int, help="longest answer, default: 512; without prompts longest chat, template included: 768"
+    )
     parser.add_argument("--temperature", type=float, default=1.0, help="1 samples the teacher's own distribution")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--minutes", type=float, help="stop after the batch in which so many are over")
-    return parser.parse_args(argv)
+    parser.add_argument("--minutes", type=float, help="stop when so many are over, behind a whole batch or round")
+    alone = parser.add_argument_group("without prompts")
+    alone.add_argument("--plain", type=float, help="share of plain text; default: 0, without a chat template 1")
+    alone.add_argument("--start", help="the token that plain text starts with; default: the tokenizer's")
+    alone.add_argument("--unfinished", action="store_true", help="take answers that are cut at --tokens as well")
+    alone.add_argument("--steps", type=int, default=1536, help="tokens of a round in which texts are begun")
+    given = parser.parse_args(argv)
+    if given.prompts is None and given.count is None and given.minutes is None:
+        parser.error("without --prompts there is no end: give --minutes or --count")
+    if given.prompts is not None and (given.plain is not None or given.start is not None):
+        parser.error("--plain and --start are for texts without --prompts")
+    if given.plain is not None and not 0 <= given.plain <= 1:
+        parser.error(f"--plain is a share from 0 to 1, got {given.plain}")
+    given.batch = given.batch or (1024 if given.prompts is None else 128)
+    given.tokens = given.tokens or (768 if given.prompts is None else 512)
+    return given
 
 
 def main(argv: list[str] | None = None) -> None:
     """Sample and write."""
     began = time.monotonic()
     arguments = parse(argv)
+    transformers_logging.disable_progress_bar()
+    if arguments.prompts is None:
+        model, tokenizer = obtain(arguments)
+        write(model, tokenizer, arguments, began)
+        return
     prompts = list(read(arguments.prompts))[: arguments.count]
     done = len(arguments.out.read_bytes().splitlines()) if arguments.out.is_file() else 0
     if done >= len(prompts):
@@ -51,7 +76,6 @@ def main(argv: list[str] | None = None) -> None:
         return
     if done % arguments.batch:
         raise SystemExit(f"{arguments.out} holds {done} answers, which is no whole number of batches; give its --batch")
-    transformers_logging.disable_progress_bar()
     model, tokenizer = obtain(arguments)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     for start in range(done, len(prompts), arguments.batch):
