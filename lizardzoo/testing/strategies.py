@@ -65,7 +65,7 @@ def layer_lists(draw: st.DrawFn, num_layers: int, always: type[MixerSpec] | None
         order = draw(st.permutations(classes))
         return [draw(specs(order[index % len(order)])) for index in range(num_layers)]
     place = draw(st.integers(0, num_layers - 1))
-    mixed = st.one_of(specs(always), *map(specs, classes))  # the simplest list is all of that class
+    mixed = st.one_of(specs(always), *map(specs, classes))
     return [draw(specs(always) if index == place else mixed) for index in range(num_layers)]
 
 

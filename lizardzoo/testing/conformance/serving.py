@@ -210,7 +210,7 @@ def a_call_gives_what_it_is_asked_for(data: st.DataObject, case: Case) -> None:
 
 @model_law
 def masks_and_caches_that_do_not_fit_are_refused(data: st.DataObject, case: Case) -> None:
-    """In one sentence that says what was given and what was expected."""
+    """In one sentence that says what was given and what was expected; pages of a cache, too."""
     ids, model = case.tokens(2, 8), case.student
     with refused("[2, 7]"):
         model(ids, attention_mask=torch.ones(2, 7))
@@ -227,6 +227,8 @@ def masks_and_caches_that_do_not_fit_are_refused(data: st.DataObject, case: Case
             model(ids, attention_mask=torch.ones(2, 1, 8, 8))
         with refused("DynamicCache(config=model.config)"):
             model(ids, **past(new_cache(case.teacher)))
+        with refused("generate_batch"):
+            model.generate_batch([[5, 6, 7]])
         cache = model(ids)[CACHE_KEYWORD]
         with refused("activate_past_recording"):
             cache.crop(-2)
