@@ -56,9 +56,8 @@ def check_model_law(check: ModelLaw, teacher: Any, layers: Layers = None, exampl
     @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck), phases=phases)
     @given(st.integers(0, 2**16), st.data(), lists)
     def run(chance: int, data: st.DataObject, specs: list[MixerSpec]) -> None:
-        assume(
-            chance
-        )  # the first case hypothesis tries is the simplest: no padding, nothing undone, the smallest sizes
+        # The first case hypothesis tries is the simplest: no padding, nothing undone, the smallest sizes.
+        assume(chance)
         check(data, Case(teacher, specs))
 
     if settings().derandomize:  # else every law would draw the same layers
