@@ -72,7 +72,9 @@ def a_checkpoint_with_other_parameters_is_refused(data: st.DataObject, case: Cas
         with saved(model) as folder:
             file = folder / "model.safetensors"
             weights = load_file(file)
-            name = data.draw(st.sampled_from(sorted(weights)))
+            embedding = model.get_input_embeddings().weight  # where it is tied, two parameters are missing without it
+            names = sorted(name for name, p in model.named_parameters() if p is not embedding)
+            name = data.draw(st.sampled_from(names))
             missing = {other: weight for other, weight in weights.items() if other != name}
             reshaped = weights | {name: torch.zeros(3, *weights[name].shape)}
             for broken, of_student, of_teacher in (
