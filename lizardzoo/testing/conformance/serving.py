@@ -120,7 +120,8 @@ def crop_rolls_back_what_was_recorded(data: st.DataObject, case: Case) -> None:
     """Behind any calls, of one token or more, any number of the last tokens is undone."""
     ids = case.tokens(2, 30)
     prompt, steps = data.draw(st.integers(1, 12)), data.draw(st.integers(0, 3))
-    calls = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    # transformers 5.17 makes masks for one recorded call of its own sliding layers: what `generate` does
+    calls = data.draw(st.lists(st.integers(1, 5), min_size=1, max_size=1 if case.slides else 3))
     remove = data.draw(st.integers(0, sum(calls)))
     cache = new_cache(case.student)
     logits(case.student, ids[:, :prompt], **past(cache))
