@@ -281,16 +281,24 @@ def state_bytes(model: Any, batch: int = 1) -> int:
 def kv_bytes(model: Any, length: int, batch: int = 1) -> int:
     """Bytes of the key-value cache of the softmax layers of a model (all layers of a teacher).
 
+    A layer with transformers' own sliding window holds that many tokens at most.
+
     Args:
         model: linearized or not; its weights may be on the meta device.
         length: tokens of each sequence.
         batch: sequences.
     """
     config = model.config
-    specs = getattr(config, "specs", None)
-    layers = config.num_hidden_layers if specs is None else sum(spec.keeps_softmax for spec in specs)
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if kinds is None:  # as DynamicCache reads such a config
+        kinds = ["full_attention" if window is None else "sliding_attention"] * config.num_hidden_layers
+    held = dict.fromkeys((MIXER_LAYER_TYPE, SLIDING_MIXER_LAYER_TYPE), 0)
+    if window is not None:
+        held["sliding_attention"] = min(length, window)
+    tokens = sum(held.get(kind, length) for kind in kinds)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * layers * batch * length * config.num_key_value_heads * head_dim * model.dtype.itemsize
+    return 2 * tokens * batch * config.num_key_value_heads * head_dim * model.dtype.itemsize
 
 
 def _bytes(tensors: list[Tensor]) -> int:

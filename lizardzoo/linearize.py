@@ -45,7 +45,7 @@ class ConversionReport:
     Attributes:
         new: a mixer's, with its start value.
         kept: copied from the teacher.
-        dropped: the teacher's alone.
+        dropped: the checkpoint's alone, of which transformers makes no use either.
     """
 
     new: list[str] = field(default_factory=list)
@@ -83,12 +83,18 @@ def linearize(
         LizardzooError: an unsupported architecture, layers that do not fit the model, a checkpoint that is not whole.
     """
     source = None
+    dropped: list[str] = []
     if isinstance(model, (str, Path)):
         source = str(model)
         config = read_config(source)
         adapter = find_adapter(config)
         specs = resolve_layers(layers, config.num_hidden_layers)  # a wrong list costs no download
-        model = load_teacher(source, dtype or "auto")
+        model, dropped = _load_teacher(source, dtype or "auto")
+    elif not hasattr(model, "config"):
+        raise LizardzooError(
+            f"linearize takes a causal LM of transformers, or the id, folder or GGUF file of one, got "
+            f"a {type(model).__name__}; load it with AutoModelForCausalLM.from_pretrained"
+        )
     else:
         adapter = find_adapter(model.config)
         specs = resolve_layers(layers, model.config.num_hidden_layers)
@@ -100,6 +106,7 @@ def linearize(
         student = adapter._from_config(config, dtype=dtype or model.dtype).to(model.device)
     student.tie_weights()
     student.conversion_report = _copy_weights(model, student)
+    student.conversion_report.dropped += dropped
     student.generation_config = copy.deepcopy(model.generation_config)
     student.eval()
     if calibrate is not None:
@@ -204,6 +211,11 @@ def _place(source: str | Path) -> tuple[str, dict[str, Any]]:
 
 def load_teacher(source: str | Path, dtype: torch.dtype | str = "auto") -> Any:
     """A causal LM from a folder, the Hub or a GGUF file (whose weights become plain ones), with all its parameters."""
+    return _load_teacher(source, dtype)[0]
+
+
+def _load_teacher(source: str | Path, dtype: torch.dtype | str) -> tuple[Any, list[str]]:
+    """The same, and what the checkpoint holds beside them."""
     place, file = _place(source)
     if file:
         file["quantization_config"] = GgufConfig(dequantize=True)  # kernels for quantized weights are not looked for
@@ -216,7 +228,7 @@ def load_teacher(source: str | Path, dtype: torch.dtype | str = "auto") -> Any:
         )
     if file:
         model.config._name_or_path = str(source)  # there it is the title inside the file
-    return model
+    return model, sorted(info["unexpected_keys"])
 
 
 def find_adapter(config: PreTrainedConfig) -> Any:
@@ -264,7 +276,7 @@ def convert_config(teacher: PreTrainedConfig, adapter: Any, layers: list[dict[st
     return config
 
 
-def _copy_weights(teacher: nn.Module, student: nn.Module) -> ConversionReport:
+def _copy_weights(teacher: Any, student: nn.Module) -> ConversionReport:
     """Copy by name; what is neither the teacher's nor a mixer's, or has another shape, raises before any copy."""
     source, target = teacher.state_dict(), student.state_dict()
     report = ConversionReport(
@@ -276,8 +288,9 @@ def _copy_weights(teacher: nn.Module, student: nn.Module) -> ConversionReport:
     strangers += [name for name in report.kept if source[name].shape != target[name].shape]
     if strangers:
         raise LizardzooError(
-            f"the teacher's parameters do not fit its architecture: {', '.join(strangers[:4])} "
-            f"({len(strangers)} in all) are missing, unexpected or of another shape; is the checkpoint complete?"
+            f"the parameters of this {type(teacher).__name__} are not those of a {teacher.config.model_type!r} causal "
+            f"LM: {', '.join(strangers[:3])} ({len(strangers)} in all) are missing, unexpected or of another shape; "
+            f"load it with AutoModelForCausalLM, and give a PEFT model as merge_and_unload() does"
         )
     with torch.no_grad():
         for name in report.kept:

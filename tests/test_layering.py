@@ -66,7 +66,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "triton": {"kernels"},  # and there in <op>/triton*.py only
     "transformers": TRANSFORMERS,
     "huggingface_hub": TRANSFORMERS,
-    "safetensors": {"linearize", "streaming", "distill", "hub", "adapters"},
+    "safetensors": {"linearize", "streaming", "distill", "hub", "adapters", "testing"},
     "jinja2": {"hub"},
     "yaml": {"hub"},
     "tokenizers": {"smollm2"},

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,22 @@ def test_a_decorated_mixer_obeys_every_law_of_models(toy: Any, law: str) -> None
 @pytest.mark.parametrize("law", QUICK)
 def test_a_decorated_adapter_obeys_every_law_of_models(family: Any, law: str) -> None:
     check_model_law(MODEL_LAWS[law], tiny_teacher("gemma", head_dim=16), examples=1)
+
+
+def test_a_mixer_whose_fields_have_no_defaults_can_be_tried(toy: Any) -> None:
+    def required(name: str, kind: Any) -> Any:
+        """ToyMean and another field, which has to be given."""
+        fields = {"__annotations__": {name: kind}, "type_name": "toy_required"}
+        return dataclass(frozen=True, kw_only=True)(type("Required", (toy.ToyMean,), fields))
+
+    spec = required("rank", int)
+    MIXERS.add("toy_required", spec)
+    try:
+        check_mixer(spec, examples=5)
+    finally:
+        MIXERS.remove("toy_required")
+    with pytest.raises(LizardzooError, match=r"for the field 'path' of type .*str.*: give it a default"):
+        check_mixer(required("path", str), examples=1)
 
 
 def test_the_laws_catch_a_mixer_that_ignores_padding(toy: Any, monkeypatch: pytest.MonkeyPatch) -> None:

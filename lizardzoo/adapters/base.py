@@ -119,7 +119,7 @@ class MixedModel(nn.Module):
         """
         tokens = input_ids if input_ids is not None else inputs_embeds
         kinds: list[str] = self.config.own_layer_types  # type: ignore[assignment, union-attr]
-        attentions: list[Any] = [layer.self_attn for layer in self.layers]  # type: ignore[union-attr]
+        attentions: list[Any] = [layer.self_attn for layer in self.running()]
         mixing = [attention.mixer is not None and not attention.runs_softmax for attention in attentions]
         if kwargs.get("output_attentions", self.config.output_attentions) and all(mixing):  # type: ignore[union-attr]
             raise LizardzooError(
@@ -166,13 +166,18 @@ class MixedModel(nn.Module):
             output.attentions = tuple(None if mixes else next(weights) for mixes in mixing)
         return output
 
+    def running(self) -> Any:
+        """The layers of a call: all, or the first ones while `generate` asks those (`assistant_early_exit`)."""
+        model: Any = self
+        return model.layers[: model.config.num_hidden_layers]
+
     def turns(self, tokens: Tensor, cache: Any, mask: Tensor | None, starts: Tensor | None) -> Turns | None:
         """How kept tokens are brought near for tokens [B, T, ...]; None where none can be beyond the positions known.
 
         A family whose rotary embedding is not at `rotary_emb` overrides it.
         """
         model: Any = self
-        keeping = next((layer.self_attn for layer in model.layers if far.keeps(layer.self_attn.mixer)), None)
+        keeping = next((layer.self_attn for layer in self.running() if far.keeps(layer.self_attn.mixer)), None)
         if keeping is None:
             return None
         (batch, count), positions = tokens.shape[:2], model.config.max_position_embeddings
@@ -267,6 +272,15 @@ class MixedForCausalLM:
         if any(attention.mixer is None for attention in self.attentions()):
             masks |= softmax_masks(config, inputs_embeds, attention_mask, position_ids, cache)
         return masks
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers', where all layers keep softmax: `generate_batch` deals pages of keys and values out."""
+        if self.mixers():
+            raise LizardzooError(
+                "continuous batching (generate_batch) is made of pages of keys and values, which a mixer has not; give "
+                "generate a batch padded on the left"
+            )
+        return super().init_continuous_batching(*args, **kwargs)  # type: ignore[misc]
 
     def attentions(self) -> list[Any]:
         """All layers' attentions; `.mixer` is None where softmax is kept."""

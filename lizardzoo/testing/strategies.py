@@ -38,10 +38,15 @@ class TokenFlags(NamedTuple):
 
 
 def specs(spec_class: type[MixerSpec]) -> st.SearchStrategy[MixerSpec]:
-    """Valid specs of a class: its defaults and presets at small sizes, or drawn from the fields' own types."""
+    """Valid specs of a class: its defaults and presets at small sizes, or drawn from the fields' own types.
+
+    Raises:
+        LizardzooError: a field has no default, and is of a type that nothing is drawn from (as str).
+    """
     hints = typing.get_type_hints(spec_class)
     fields = {f.name: _values(f.name, hints[f.name], f.default) for f in dataclasses.fields(spec_class)}
-    named = [spec_class(), *(p for p in map(PRESETS.get, PRESETS) if type(p) is spec_class)]
+    required = any(f.default is dataclasses.MISSING for f in dataclasses.fields(spec_class))
+    named = [*([] if required else [spec_class()]), *(p for p in map(PRESETS.get, PRESETS) if type(p) is spec_class)]
 
     @st.composite
     def build(draw: st.DrawFn) -> MixerSpec:
@@ -65,7 +70,7 @@ def layer_lists(draw: st.DrawFn, num_layers: int, always: type[MixerSpec] | None
         order = draw(st.permutations(classes))
         return [draw(specs(order[index % len(order)])) for index in range(num_layers)]
     place = draw(st.integers(0, num_layers - 1))
-    mixed = st.one_of(specs(always), *map(specs, classes))  # the simplest list is all of that class
+    mixed = st.one_of(specs(always), *map(specs, classes))
     return [draw(specs(always) if index == place else mixed) for index in range(num_layers)]
 
 
@@ -123,4 +128,9 @@ def _values(name: str, hint: Any, default: Any) -> st.SearchStrategy[Any]:
         return st.integers(0, 6)
     if hint is float:
         return st.sampled_from([0.05, 0.5, 0.999])
+    if default is dataclasses.MISSING:
+        raise LizardzooError(
+            f"no values can be drawn for the field {name!r} of type {hint}: give it a default, or a type such as int, "
+            f"float, bool or Literal"
+        )
     return st.just(default)

@@ -22,12 +22,17 @@ FAMILIES: dict[str, dict[str, Any]] = {  # head_dim 16 is not hidden / heads: co
     "qwen3": {"model_type": "qwen3", "head_dim": 16},
 }
 VARIANTS: dict[str, dict[str, Any]] = {
+    "llama 2, a key head for each": {"model_type": "llama", "num_key_value_heads": 4},
+    "llama, one key head": {"model_type": "llama", "num_key_value_heads": 1, "head_dim": 16},
     "llama, biases, tied": {"model_type": "llama", "attention_bias": True, "tie_word_embeddings": True},
     "llama 3 rope": {"model_type": "llama", "rope_parameters": LLAMA3_ROPE, "max_position_embeddings": 256},
     "llama, yarn": {"model_type": "llama", "rope_parameters": YARN, "max_position_embeddings": 256},
     "llama, linear rope": {"model_type": "llama", "rope_parameters": LINEAR},
     "mistral, sliding": {"model_type": "mistral", "sliding_window": 12},
+    "mistral, sliding far, tied": {"model_type": "mistral", "sliding_window": 40, "tie_word_embeddings": True},
+    "qwen2, yarn": {"model_type": "qwen2", "rope_parameters": YARN, "max_position_embeddings": 256},
     "qwen2, sliding above, tied": {"model_type": "qwen2", "tie_word_embeddings": True, **SLIDING_ABOVE},
+    "qwen3 with heads of 128, tied": {"model_type": "qwen3", "head_dim": 128, "tie_word_embeddings": True},
     "qwen3, sliding above": {"model_type": "qwen3", "head_dim": 32, **SLIDING_ABOVE},
 }
 

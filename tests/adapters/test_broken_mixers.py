@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lizardzoo.adapters.qwen2 import LizardQwen2Attention
+from lizardzoo.adapters.qwen3 import LizardQwen3Attention
 from lizardzoo.config import MIXERS, MixerSpec, register_mixer
 from lizardzoo.kernels import GatedLinearState, gated_linear_attention
 from lizardzoo.kernels.state import overwrite
@@ -184,3 +186,19 @@ def test_a_law_of_models_catches_it(base: type[MixerSpec], mixer: Any, law: str)
 def test_a_law_of_mixers_catches_it(base: type[MixerSpec], mixer: Any, law: str) -> None:
     with registered(base, mixer) as broken, pytest.raises(AssertionError):
         check_law(LAWS[law], broken)
+
+
+@pytest.mark.parametrize(("family", "attention"), [("qwen2", LizardQwen2Attention), ("qwen3", LizardQwen3Attention)])
+def test_a_law_catches_an_adapter_that_forgets_what_its_family_adds(
+    family: str, attention: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The biases of the projections; the norms of q and k."""
+    law = "in_a_short_text_the_student_is_the_teacher"
+
+    def bare(self: Any, x: Tensor) -> tuple[Tensor, ...]:
+        weights = (self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        return tuple((x @ weight.T).unflatten(-1, (-1, self.head_dim)) for weight in weights)
+
+    monkeypatch.setattr(attention, "project", bare)
+    with pytest.raises(AssertionError):
+        check_model_law(MODEL_LAWS[law], teacher(family), Window(**SMALL[Window]), examples=1)

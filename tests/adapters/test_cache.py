@@ -11,9 +11,9 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 import lizardzoo as lz
 from lizardzoo.adapters.masks import CACHE_KEYWORD
-from lizardzoo.cache import cache_bytes, kv_bytes
+from lizardzoo.cache import cache_bytes, kv_bytes, state_bytes
 from lizardzoo.kernels.state import state_tensors
-from tests.adapters.families import FAMILIES, teacher
+from tests.adapters.families import FAMILIES, VARIANTS, teacher
 from tests.adapters.students import LAYERS, distance, past, student, tokens
 
 
@@ -108,6 +108,19 @@ def test_the_cache_of_kept_softmax_weighs_its_share(tiny_llama: Any) -> None:
     with torch.no_grad():
         short, long = (cache_bytes(model(tokens(2, n))[CACHE_KEYWORD]) for n in (12, 100))
     assert long - short == kv_bytes(model, 88, batch=2) == kv_bytes(tiny_llama, 88, batch=2) / 3
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *VARIANTS])
+def test_a_cache_weighs_what_is_foretold(name: str) -> None:
+    """Layers with a sliding window of their own hold that many tokens; the foretold bytes are those of a long text."""
+    model = student(teacher(name), [lz.Softmax(), lz.Window(window=4), lz.Softmax()])
+    for one in (teacher(name), model):
+        cache, ids = DynamicCache(config=one.config), tokens(2, 45)
+        with torch.no_grad():
+            for part in (ids[:, :44], ids[:, 44:]):  # behind a step nothing is held that slid out of the window
+                one(part, **past(cache))
+        states = state_bytes(model, batch=2) if one is model else 0
+        assert cache_bytes(cache) - states == kv_bytes(one, 45, batch=2)
 
 
 def test_a_disjoint_hybrid_holds_its_window_once(tiny_llama: Any) -> None:

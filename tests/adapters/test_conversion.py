@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -129,6 +131,19 @@ def test_what_cannot_be_converted_is_refused(tiny_llama: Any, tmp_path: Path) ->
         lz.linearize(odd)
     with pytest.raises(LizardzooError, match="head_dim 5"):  # newer transformers refuse such a config themselves
         AttentionShape(hidden_size=24, heads=4, kv_heads=4, head_dim=5, scale=1.0)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # peft asks by the old name
+def test_what_is_no_causal_lm_is_refused(tiny_llama: Any) -> None:
+    lora = PeftModel(copy.deepcopy(tiny_llama), LoraConfig(target_modules=["q_proj"]))
+    for what, name in ((tiny_llama.model, "LlamaModel"), (lora, "PeftModel")):
+        with pytest.raises(
+            LizardzooError, match=rf"this {name} are not those of a 'llama' causal LM.*merge_and_unload"
+        ):
+            lz.linearize(what)
+    for nothing in (None, 7, torch.nn.Linear(2, 2)):
+        with pytest.raises(LizardzooError, match=rf"got a {type(nothing).__name__}; load it with AutoModelForCausalLM"):
+            lz.linearize(nothing)
 
 
 def test_a_checkpoint_with_other_keys_is_refused(tiny_llama: Any, tiny_folder: Path, tmp_path: Path) -> None:

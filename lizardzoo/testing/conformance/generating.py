@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 from transformers import CompileConfig
+from transformers.cache_utils import DynamicLayer
 
 from lizardzoo.cache import cache_bytes
 from lizardzoo.testing.conformance.case import (
@@ -74,7 +75,7 @@ def beams_and_samples_are_the_uncached_ones(data: st.DataObject, case: Case) -> 
 
 @model_law
 def speculation_is_lossless(data: st.DataObject, case: Case) -> None:
-    """Prompt lookup; assisted by another student, by the teacher, by itself; the teacher by the student."""
+    """Prompt lookup; assisted by another student, the teacher, itself, its own first layers; the teacher by it."""
     ids, model = case.tokens(1, 15, data.draw(st.integers(0, 99))), case.student
     other = case.copy()
     with torch.no_grad():
@@ -85,8 +86,19 @@ def speculation_is_lossless(data: st.DataObject, case: Case) -> None:
     assert_same_tokens(greedy(model, ids, prompt_lookup_num_tokens=3), plain, "prompt lookup")
     for name, assistant in (("another student", other), ("the teacher", case.teacher), ("itself", model)):
         assert_same_tokens(greedy(model, ids, assistant_model=assistant), plain, f"assisted by {name}")
+    if _crops_layers_that_did_not_run():
+        assert_same_tokens(greedy(model, ids, assistant_early_exit=1), plain, "assisted by its first layer")
     expected = greedy(case.teacher, ids, use_cache=False)
     assert_same_tokens(greedy(case.teacher, ids, assistant_model=model), expected, "the teacher, assisted")
+
+
+def _crops_layers_that_did_not_run() -> bool:
+    """transformers 5.17 does not, so that early exits of some families fail there, teachers' too."""
+    try:
+        DynamicLayer().crop(-1)
+    except TypeError:
+        return False
+    return True
 
 
 @model_law
