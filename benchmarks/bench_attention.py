@@ -3,7 +3,7 @@
     python benchmarks/bench_attention.py                      # on a CUDA device: everything, about 15 minutes
     python benchmarks/bench_attention.py --quick --peers none # the headline cases without compiling fla: a minute
     python benchmarks/bench_attention.py --check              # on a CPU: the formulas and gradients only
-    python benchmarks/bench_attention.py --render FILE.json   # the tables and the picture of a run
+    python benchmarks/bench_attention.py --render FILE.json   # the tables and the picture of a run, or of shapes' runs
 
 Each contender is first checked in bf16 against the same formula in float64, output and gradients; what is red is not
 timed. All figures are of one run on one device, so that ratios count. Written to --out: attention.json, .md, .png.
@@ -20,7 +20,7 @@ import decoding
 import torch
 from contenders import HALF_LIFE, HEAVY, KEEP, MIXERS, SHAPES, WINDOW, Contender, Inputs, Shape, draw, ours
 from measure import attempt, machine, measure, verify
-from report import markdown, plot, render, rounded, save
+from report import joined, markdown, plot, render, rounded, save
 
 CASES = {
     "1b": ((8, 1024), (8, 2048), (1, 8192), (1, 32768), (1, 131072)),
@@ -46,7 +46,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--only", action="append", help="only contenders with this in their name")
     parser.add_argument("--no-decode", dest="decode", action="store_false", help="no decoding steps")
     parser.add_argument("--check", action="store_true", help="verify ours in plain PyTorch on the CPU, time nothing")
-    parser.add_argument("--render", type=Path, metavar="FILE.json", help="tables and picture of an earlier run")
+    parser.add_argument(
+        "--render", type=Path, nargs="+", metavar="FILE.json",
+        help="tables and picture of an earlier run; of several, one for each shape, together in --out",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("out/bench"), help="folder for what is written")
     given = parser.parse_args()
     least = 2 * len(shapes_of(given))
@@ -64,7 +67,11 @@ def main() -> None:
     """Verify, time, print, write."""
     arguments = parse()
     if arguments.render:
-        render(arguments.render, markdown, plot)
+        path = arguments.render[0]
+        if len(arguments.render) > 1:
+            path = arguments.out / "attention.json"
+            save(joined(arguments.render), path)
+        render(path, markdown, plot)
     elif arguments.check:
         check()
     elif not torch.cuda.is_available():

@@ -33,6 +33,30 @@ def render(path: Path, markdown: Callable[[dict[str, Any]], str], plot: Callable
         print(f"no matplotlib here: --render {path.name} draws the picture elsewhere")
 
 
+def joined(paths: Sequence[Path]) -> dict[str, Any]:
+    """One run of several that had a shape each: on devices of one kind, with the same versions and sizes."""
+    first, *others = (json.loads(path.read_text(encoding="utf-8")) for path in paths)
+    measured, lists = {"copy TB/s", "bf16 TFLOP/s"}, ("verified", "results", "decode")
+
+    def told(run: dict[str, Any]) -> dict[str, Any]:
+        machine = {key: value for key, value in run["machine"].items() if key not in measured}
+        return {key: value for key, value in run.items() if key not in lists} | {"machine": machine}
+
+    shapes = {entry["shape"] for entry in first["verified"]}
+    for path, other in zip(paths[1:], others):
+        if told(other) != told(first):
+            raise SystemExit(
+                f"{path} is of another machine or other sizes than {paths[0]}: {told(other)}, {told(first)}"
+            )
+        more = {entry["shape"] for entry in other["verified"]}
+        if twice := sorted(shapes & more):
+            raise SystemExit(f"shape {twice[0]} is in two of the files, and ratios count within one run")
+        shapes |= more
+        for key in lists:
+            first[key] += other[key]
+    return first
+
+
 def rounded(figures: dict[str, Any]) -> str:
     """For the log."""
     return ", ".join(

@@ -1,5 +1,6 @@
 """The benchmark of one layer: what is wrong is never timed, and its tables are its figures."""
 
+import json
 import sys
 from functools import partial
 from pathlib import Path
@@ -96,3 +97,22 @@ def test_the_tables_say_what_was_measured(bench):
     assert rows[0].split(" | ")[1:] == ["2 / 9", "3 / 12†", "1 / 4", "no memory |"]
     assert rows[1].split(" | ")[1:] == ["3.00x / 3.00x", "2.00x / 2.25x", "- / -", "- / - |"]
     assert "† wrong gradients" in text
+
+
+def test_runs_of_a_shape_each_become_one(bench, tmp_path):
+    """Only those of one kind of machine: ratios count within a run, and a shape is of one."""
+
+    def written(name, shape, device="a device"):
+        verified = [{"shape": shape, "contender": "sdpa"}, {"shape": shape, "contender": "lizardzoo heavy"}]
+        machine = {"device": device, "copy TB/s": len(name)}
+        run = {"machine": machine, "window": 128, "verified": verified, "results": [shape], "decode": []}
+        path = tmp_path / name
+        path.write_text(json.dumps(run))
+        return path
+
+    one, other = written("one.json", "1b"), written("other.json", "8b")
+    assert bench.joined([one, other])["results"] == ["1b", "8b"]
+    with pytest.raises(SystemExit, match="another machine or other sizes"):
+        bench.joined([one, written("elsewhere.json", "8b", "another")])
+    with pytest.raises(SystemExit, match="shape 1b is in two of the files"):
+        bench.joined([one, written("again.json", "1b")])
