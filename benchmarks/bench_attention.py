@@ -90,7 +90,7 @@ def check() -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    """All cases of all shapes; the file is written after each, so that a run cut short leaves what it has."""
+    """All cases of all shapes; the file is written after each contender: a run cut short leaves what it has."""
     torch.manual_seed(0)
     run: dict[str, Any] = {"machine": machine(), "window": WINDOW, "keep": KEEP, "heavy": HEAVY, "half_life": HALF_LIFE}
     run |= {"verified": [], "results": [], "decode": []}
@@ -111,7 +111,7 @@ def bench(arguments: argparse.Namespace) -> None:
                 case = {"shape": name, "batch": batch, "tokens": tokens, "contender": contender}
                 run["results"].append(case | figures)
                 print(*case.values(), rounded(figures), flush=True)
-            save(run, arguments.out / "attention.json")
+                save(run, arguments.out / "attention.json")
     if arguments.decode:
         run["decode"] += decode(arguments)
     save(run, arguments.out / "attention.json")

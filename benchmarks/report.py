@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 OURS, PEERS = ("lizardzoo hybrid", "lizardzoo heavy"), ("composed peer", "sdpa")
-COLORS = {"sdpa": "0.4", "flex window": "tab:green", "fla branch": "tab:olive", "composed peer": "tab:red"}
-"""Ours take the blues."""
+COLORS = {
+    "sdpa": "0.4", "flex window": "tab:green", "fla branch": "tab:olive", "composed peer": "tab:red",
+    "lizardzoo window": "#9ecae1", "lizardzoo gated linear": "#c6b3e0",
+    "lizardzoo hybrid": "tab:purple", "lizardzoo heavy": "tab:blue",
+}  # fmt: skip
+"""A mixer has its kernel's, dashed."""
 EAGER = ("forward ms", "forward + backward ms")
 GRAPH = ("forward graph ms", "forward + backward graph ms")
 
@@ -179,6 +183,7 @@ def plot(run: dict[str, Any], path: Path) -> None:
 
     results = [entry for entry in run["results"] if GRAPH[0] in entry]
     shapes = list(dict.fromkeys(entry["shape"] for entry in results))
+    lengths = sorted({entry["tokens"] for entry in results})
     figure, panels = pyplot.subplots(
         len(shapes), 2, figsize=(11, 1 + 3.6 * len(shapes)), squeeze=False, sharex=True, layout="constrained"
     )
@@ -187,10 +192,11 @@ def plot(run: dict[str, Any], path: Path) -> None:
         for panel, key in zip(row, GRAPH):
             panel.set(title=f"{shape}: {key.removesuffix(' graph ms')}", xscale="log", yscale="log")
             _lines(panel, here, key)
+            panel.set_xticks(lengths, [f"{tokens // 1024}K" for tokens in lengths])
             panel.set_ylabel("microseconds per 1,000 tokens")
     for panel in panels[-1]:
         panel.set_xlabel("tokens in a sequence")
-    panels[0][1].legend(fontsize=8)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.suptitle(
         f"One layer's attention, the device alone, {run['machine']['device']}, torch {run['machine']['torch']}, bf16"
     )
@@ -200,10 +206,8 @@ def plot(run: dict[str, Any], path: Path) -> None:
 
 
 def _lines(panel: Any, results: Sequence[dict[str, Any]], key: str) -> None:
-    lengths = sorted({entry["tokens"] for entry in results})
-    blues = iter(["#9ecae1", "#6baed6", "#08306b", "#2171b5"])
     for name in dict.fromkeys(entry["contender"] for entry in results):
-        color = COLORS.get(name) or next(blues, "tab:purple")
+        kernel = name.removesuffix(" mixer")
         per_token = {
             entry["tokens"]: 1e6 * entry[key] / (entry["batch"] * entry["tokens"])
             for entry in results
@@ -212,8 +216,8 @@ def _lines(panel: Any, results: Sequence[dict[str, Any]], key: str) -> None:
         label = f"{name} (wrong gradients)" if any(e["contender"] == name and e.get("note") for e in results) else name
         panel.plot(
             sorted(per_token), [per_token[tokens] for tokens in sorted(per_token)], marker="o", markersize=3,
-            color=color, label=label, linewidth=2.5 if name in OURS else 1.2,
+            color=COLORS.get(kernel, "0.7"), label=label, linewidth=2.5 if name in OURS else 1.2,
+            linestyle="-" if name == kernel else "--",
         )  # fmt: skip
-    panel.set_xticks(lengths, [f"{tokens // 1024}K" for tokens in lengths])
     panel.minorticks_off()
     panel.grid(alpha=0.3)
