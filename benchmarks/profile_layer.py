@@ -1,7 +1,7 @@
 """Where a layer's time goes: `python benchmarks/profile_layer.py --shape 1b --batch 8 --tokens 2048`.
 
-Prints the device's microseconds by kernel for one forward + backward, and how long the CPU takes to launch it: where
-that is longer, the device waits.
+Prints the device's microseconds by kernel for one forward + backward, how long the CPU takes to launch it (where that
+is longer, the device waits), and how long the bytes alone take that any implementation has to read and write.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from contenders import SHAPES, draw, ours
-from measure import timed
+from measure import machine, timed
+from torch import Tensor
 
 RUNS = 10
 
@@ -42,11 +43,21 @@ def main() -> None:
     milliseconds = timed(both)
     print(f"{arguments.contender}, {arguments.shape}, {arguments.batch} x {arguments.tokens}: {milliseconds:.3f} ms")
     print(f"launched by the CPU in {launch_time(both) * 1e3:.3f} ms")
+    forward, backward = bytes_floor(learns, gradient)
+    rate = machine()["copy TB/s"] * 1e6  # bytes a microsecond
+    alone = f"{forward / rate:.0f} us forward, {(forward + backward) / rate:.0f} us both ways"
+    print(f"the bytes alone, at {rate / 1e6:.2f} TB/s: {alone}")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(RUNS):
             both()
         torch.cuda.synchronize()
     print_kernels(profile.key_averages())
+
+
+def bytes_floor(learns: Sequence[Tensor], y: Tensor) -> tuple[int, int]:
+    """Bytes of a forward (inputs read, output written) and of a backward (both and dy read, gradients written)."""
+    inputs = sum(x.nbytes for x in learns)
+    return inputs + y.nbytes, 2 * inputs + 2 * y.nbytes
 
 
 def launch_time(run: Callable[[], Any]) -> float:

@@ -34,7 +34,7 @@ def read_report(source: Any, folder: Path, row: str | None) -> Results | None:
 
 
 def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
-    """One report of all that several have measured of one model, which each calls by the same name.
+    """One report of all that several have measured of one model, by the first one's name for it.
 
     Raises:
         LizardzooError: they are of another model or teacher, or have the same text or task, or retrieval twice.
@@ -42,9 +42,12 @@ def merged(reports: list[dict[str, Any]]) -> dict[str, Any]:
     whole, *others = reports
     for other in others:
         if other["row"] != whole["row"]:
-            raise LizardzooError(
-                f"the reports call this model {whole['row']!r} and {other['row']!r}; measure it by one name"
-            )
+            if _weights(whole) is None or _weights(whole) != _weights(other):
+                raise LizardzooError(
+                    f"the reports call this model {whole['row']!r} and {other['row']!r}, and do not say that the "
+                    f"weights are the same; measure it by one name"
+                )
+            other = _renamed(other, other["row"], whole["row"])
         _check_weights(whole, other)
         if whole.get("retrieval") and other.get("retrieval"):
             raise LizardzooError("two of the reports measure retrieval; leave one out")
@@ -70,6 +73,21 @@ def _union(what: str, one: Any, other: Any) -> dict[str, Any]:
     if both := [name for name in one if name in other]:
         raise LizardzooError(f"two of the reports have the {what} {both[0]!r}; leave one out")
     return {**one, **other}
+
+
+def _weights(report: Mapping[str, Any]) -> str | None:
+    """The hash of the weights of the model that a report is read for, where all its runs say the same one."""
+    found = {(run.get("weights") or {}).get(report["row"]) for run in report.get("runs") or ()}
+    return found.pop() if len(found) == 1 else None
+
+
+def _renamed(value: Any, name: str, to: str) -> Any:
+    """A report in which a model has another name, and so has what is called after it."""
+    if isinstance(value, str):
+        return to if value == name else value.replace(f"(for {name})", f"(for {to})")
+    if isinstance(value, Mapping):
+        return {_renamed(key, name, to): _renamed(each, name, to) for key, each in value.items()}
+    return [_renamed(each, name, to) for each in value] if isinstance(value, (list, tuple)) else value
 
 
 def _check_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> None:

@@ -55,6 +55,21 @@ def test_the_same_task_by_other_names_stands_in_one_table(whole: dict[str, Any],
     assert [row[0] for row in tasks["rows"]] == ["questions"] * 2 + ["questions, 5-shot"] * 2
 
 
+def called(report: Any, name: str) -> Any:
+    """The same report of a model in a folder of another name."""
+    return json.loads(json.dumps(report).replace('"final"', f'"{name}"').replace("(for final)", f"(for {name})"))
+
+
+def test_one_model_in_two_folders_is_known_by_its_weights(whole: dict[str, Any], tmp_path: Path) -> None:
+    """By the first one's name, in every table."""
+    parts = parts_of(whole)
+    expected = read_report(parts, tmp_path, "final")
+    found = read_report([parts[0], *(called(part, "elsewhere") for part in parts[1:])], tmp_path, None)
+    assert found is not None and expected is not None
+    assert found.row == "final"
+    assert found.raw == expected.raw
+
+
 def other_model(report: dict[str, Any]) -> None:
     report["models"] = {"other": "runs/other"}
     report["positions"] = {}
@@ -74,7 +89,7 @@ def other_teacher(report: dict[str, Any]) -> None:
         (0, None, r"two of the reports have the text 'text\.txt'; leave one out"),
         (1, None, r"two of the reports measure retrieval; leave one out"),
         (2, None, r"two of the reports have the task 'questions'; leave one out"),
-        (1, other_model, r"the reports call this model 'final' and 'other'; measure it by one name"),
+        (1, other_model, r"the reports call this model 'final' and 'other', and do not say that"),
         (1, other_weights, r"the reports measure 'final' with other weights \([0-9a-f]{12}\.\.\. and 0{12}\.\.\.\)"),
         (1, other_teacher, r"the reports measure 'teacher' with other weights"),
         (1, lambda report: report.update(runs=[3]), r"the report is not one that lizardzoo eval wrote"),
