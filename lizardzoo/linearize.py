@@ -32,6 +32,7 @@ from lizardzoo.config import LINEARIZED, SpecLike, resolve_layers
 from lizardzoo.errors import LizardzooError
 from lizardzoo.hub.difference import difference_of
 from lizardzoo.hub.weights import check_object, find_file, pinned, where
+from lizardzoo.mixers.base import Mixer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 CALIBRATION_LENGTH = 2048
@@ -248,13 +249,19 @@ def find_adapter(config: PreTrainedConfig) -> Any:
 
 @torch.no_grad()
 def calibrate_mixers(student: Any, token_ids: Tensor) -> None:
-    """Let every mixer set its start values from the teacher's own q, k, v on `token_ids` [B, T]."""
+    """Let every mixer set its start values from the teacher's own q, k, v on `token_ids` [B, T].
+
+    Where no mixer has anything to set, the teacher does not run.
+    """
 
     def calibrate(attention: Any, args: Any, kwargs: dict[str, Any]) -> None:
         attention.mixer.calibrate(attention.inputs(*args, **kwargs))
 
-    converted = [attention for attention in student.attentions() if attention.mixer is not None]
-    handles = [attention.register_forward_pre_hook(calibrate, with_kwargs=True) for attention in converted]
+    idle = Mixer.calibrate  # of mixers that set nothing
+    attentions = [a for a in student.attentions() if a.mixer is not None and type(a.mixer).calibrate is not idle]
+    if not attentions:
+        return
+    handles = [attention.register_forward_pre_hook(calibrate, with_kwargs=True) for attention in attentions]
     try:
         with softmax_mode(student):
             student(token_ids.to(student.device), use_cache=False, logits_to_keep=1)

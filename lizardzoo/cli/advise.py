@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
+from torch import Tensor
 
 from lizardzoo import evaluate
 from lizardzoo.cli.base import app, new_folder, out, progress_bar
@@ -28,8 +29,23 @@ from lizardzoo.mixers import Window
 from lizardzoo.selection import Selection, WindowSelection
 from lizardzoo.selection import select_layers as choose_layers
 from lizardzoo.selection import select_windows as choose_windows
+from lizardzoo.selection.windows import ROUNDS
 
 DIAGNOSIS, PICTURE = "diagnosis.json", "diagnosis.png"
+
+RecallOption = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--recall",
+        help="Choose by the answers of questions about facts so many tokens back, in place of every token; repeatable.",
+    ),
+]
+RecallShareOption = Annotated[
+    float,
+    typer.Option(
+        help="With --recall: how much the answers count of all; at less than 1 every other token counts a little too."
+    ),
+]
 
 
 @app.command()
@@ -129,13 +145,8 @@ def select_layers(
     greedy: Annotated[
         bool, typer.Option("--greedy", help="One layer after the other, each beside those chosen: better, and slower.")
     ] = False,
-    recall: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Choose by the answers of questions about facts so many tokens back, in place of every token; "
-            "repeatable."
-        ),
-    ] = None,
+    recall: RecallOption = None,
+    recall_share: RecallShareOption = 1.0,
     length: Annotated[int, typer.Option(help="Tokens per sequence; well beyond the windows.")] = 2048,
     limit: Annotated[int, typer.Option(min=1, help="Read only so many sequences.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 1,
@@ -157,11 +168,7 @@ def select_layers(
     they are chosen by it. With --window 1024 it ends there, and memory does not grow.
     """
     _refuse_layers_file(file)
-    tokenizer, weights = load_tokenizer(model), None
-    if recall:
-        ids, weights = evaluate.recall_sequences(text, tokenizer, length, limit, distances=recall)
-    else:
-        ids = evaluate.sequences(text, tokenizer, length, limit)
+    ids, weights = _sequences(text, load_tokenizer(model), length, limit, recall, recall_share)
     subject = load_model(model, dtype, device)
     expected = None if teacher is None else load_model(teacher, dtype, device)
     with progress_bar("sequences", len(ids)) as progress:
@@ -196,8 +203,16 @@ def select_windows(
     layers: Annotated[
         str, typer.Option("--layers", "-l", help="The mixers of a teacher: a preset's name, or a .json or .py file.")
     ] = "recommended",
-    field: Annotated[SizeField, typer.Option(help="What is shared out.")] = SizeField.window,
+    field: Annotated[
+        list[SizeField] | None,
+        typer.Option(help="What is shared out: by default the windows; repeatable, all then come out of one budget."),
+    ] = None,
     octaves: Annotated[int, typer.Option(min=1, help="How often a size may be halved or doubled.")] = 2,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="How often to measure around what was chosen, while it gets better.")
+    ] = ROUNDS,
+    recall: RecallOption = None,
+    recall_share: RecallShareOption = 1.0,
     length: Annotated[int, typer.Option(help="Tokens per sequence; well beyond the windows.")] = 2048,
     limit: Annotated[int, typer.Option(min=1, help="Read only so many sequences.")] = 8,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 1,
@@ -210,14 +225,20 @@ def select_windows(
     \b
       lizardzoo select-windows HuggingFaceTB/SmolLM2-135M-Instruct \\
           --field heavy --text novel.txt --out layers.json
+
+    With --field window --field heavy both share one budget. With --recall 512
+    --recall 1536 sizes are chosen by what the model recalls from so far back, and
+    with --recall-share 0.1 by the rest of the text as well. Each layer's sizes are run
+    by themselves, through all sequences: the bar counts every run's.
     """
     _refuse_layers_file(file)
-    ids = evaluate.sequences(text, load_tokenizer(model), length, limit)
+    ids, weights = _sequences(text, load_tokenizer(model), length, limit, recall, recall_share)
     subject = load_model(model, dtype, device)
     expected = None if teacher is None else load_model(teacher, dtype, device)
     with progress_bar("sequences", len(ids)) as progress:
         found = choose_windows(
-            subject, ids, layers=_mixers_for(subject, layers), teacher=expected, field=field.value, octaves=octaves,
+            subject, ids, layers=_mixers_for(subject, layers), teacher=expected, weights=weights,
+            field=[each.value for each in field or [SizeField.window]], octaves=octaves, rounds=rounds,
             batch_size=batch_size, progress=progress,
         )  # fmt: skip
     _tell(found, file, as_json)
@@ -230,6 +251,19 @@ def _refuse_layers_file(file: Path) -> None:
         )
     if file.exists():
         raise LizardzooError(f"--out {file} is there already; name a new file")
+
+
+def _sequences(
+    text: Path, tokenizer: Any, length: int, limit: int, recall: list[int] | None, share: float
+) -> tuple[Tensor, Tensor | None]:
+    """What is chosen on, and what its tokens count; None: all the same."""
+    if recall:
+        return evaluate.recall_sequences(text, tokenizer, length, limit, distances=recall, share=share)
+    if share != 1:
+        raise LizardzooError(
+            f"--recall-share {share} says what answers count; say with --recall TOKENS how far back they lie"
+        )
+    return evaluate.sequences(text, tokenizer, length, limit), None
 
 
 def _mixers_for(model: Any, layers: str) -> Any:

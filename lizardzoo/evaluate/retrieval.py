@@ -291,6 +291,7 @@ def recall_sequences(
     distances: Sequence[int] = (512, 1536),
     pairs: int = 1,
     seed: int = 0,
+    share: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """The prompts of `retrieval` as sequences of one length, and where their answers are: to choose layers by recall.
 
@@ -300,10 +301,11 @@ def recall_sequences(
         length: tokens of every sequence; what a prompt does not need is filler before its facts.
         limit: sequences, shared out among the distances.
         distances, pairs, seed: as for `retrieval`.
+        share: how much of all weight the answers have; what is left is shared out evenly among the other tokens.
 
     Returns:
-        token ids [limit, length], and 1 at each token of an answer, else 0, fp32 [limit, length]: the `sequences` and
-        `weights` of `lizardzoo.select_layers`.
+        token ids [limit, length], and 1 at each token of an answer, else 0 (above 0 with a `share` below 1), fp32
+        [limit, length]: the `sequences` and `weights` of `lizardzoo.select_layers` and `lizardzoo.select_windows`.
 
     Raises:
         LizardzooError: a filler that is missing or too short, numbers that are no counts or do not fit into the length.
@@ -312,6 +314,10 @@ def recall_sequences(
         raise LizardzooError(
             f"every distance needs a sequence: give one distance or more and a limit of as many, got "
             f"distances={tuple(distances)} and limit={limit}"
+        )
+    if not 0 < share <= 1:
+        raise LizardzooError(
+            f"share, the part of all weight that answers have, must be above 0 and at most 1, got {share!r}"
         )
     text, _ = read_text_or_path(filler)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -325,6 +331,9 @@ def recall_sequences(
             ids[row] = prompt.ids
             for part in prompt.answers:
                 weights[row, part] = 1
+    others = weights == 0
+    others[:, 0] = False  # nothing predicts it
+    weights[others] = float(weights.sum() / others.sum()) * (1 - share) / share
     return ids, weights
 
 

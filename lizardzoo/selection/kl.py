@@ -16,6 +16,8 @@ from lizardzoo.evaluate.positions import Progress, Run, check_sequences, measure
 from lizardzoo.linearize import linearize
 
 CALIBRATION_SEQUENCES = 2
+AT_ONCE = 32
+"""Runs that are measured on a batch together, beside one of the goal: their outputs are held at the same time."""
 
 
 def student_and_goal(
@@ -42,43 +44,64 @@ def check_weights(weights: Tensor | None, sequences: Tensor) -> None:
     if not (bool((predicted >= 0).all()) and math.isfinite(total := float(predicted.sum())) and total > 0):
         raise LizardzooError(
             "weights must be finite, at least 0, and above 0 for some token behind the first of a sequence; "
-            "lizardzoo.evaluate.recall_sequences makes such as count answers alone"
+            "lizardzoo.evaluate.recall_sequences makes such as count the answers of questions"
         )
 
 
 class Text:
-    """Sequences, what KL is measured from, progress over so many rounds through them, and what each token counts."""
+    """Sequences, what KL is measured from, what each token counts, and progress through all that is to be run.
+
+    planned: how many runs each of the coming calls of `kls` will take; a call may take another number.
+    """
 
     def __init__(
         self,
         sequences: Tensor,
         goal: Run,
         batch_size: int,
-        rounds: int,
+        planned: Sequence[int],
         progress: Progress | None,
         weights: Tensor | None = None,
     ) -> None:
         self.sequences, self.goal, self.batch_size = sequences, goal, batch_size
-        self.rounds, self.progress = rounds, progress
+        self.planned, self.progress = list(planned), progress
         self.weights = weights
         self.done = 0
 
     def kls(self, runs: Sequence[Run]) -> list[float]:
-        """The (weighted) mean KL of each run, in nats per token; one round."""
-        before, progress = self.done, self.progress
-
-        def told(now: int, total: int) -> None:
-            if progress is not None:
-                progress(before + now, self.rounds * total)
-
-        # All at once, without caches: a layer's cache would be a mixer's where it runs softmax.
-        length = self.sequences.shape[1]
-        curves = measure(runs, self.sequences, self.goal, self.batch_size, length, told, self.weights)
-        self.done += len(self.sequences)
-        kls = [curve.cut([]).overall.kl or 0.0 for curve in curves]
+        """The (weighted) mean KL of each run, in nats per token."""
+        self.planned = self.planned[1:]
+        total = self.done + self._passes([len(runs), *self.planned])
+        kls: list[float] = []
+        for start in range(0, len(runs), AT_ONCE):
+            kls += self._measured(runs[start : start + AT_ONCE], total)
         if not all(map(math.isfinite, kls)):
             raise LizardzooError(
                 "the model's KL to its teacher is not finite, so nothing can be chosen by it; lizardzoo.diagnose names "
                 "the layer where it begins"
             )
         return kls
+
+    def finish(self) -> None:
+        """What was planned and has not been run will not be."""
+        if self.progress is not None and self.planned:
+            self.progress(self.done, self.done)
+        self.planned = []
+
+    def _measured(self, runs: Sequence[Run], total: int) -> list[float]:
+        """Some runs, and the goal once."""
+        before, progress = self.done, self.progress
+
+        def told(now: int, _: int) -> None:
+            if progress is not None:
+                progress(before + now * (len(runs) + 1), total)
+
+        # Whole sequences, without caches: a layer's cache would be a mixer's where it runs softmax.
+        length = self.sequences.shape[1]
+        curves = measure(runs, self.sequences, self.goal, self.batch_size, length, told, self.weights)
+        self.done += self._passes([len(runs)])
+        return [curve.cut([]).overall.kl or 0.0 for curve in curves]
+
+    def _passes(self, calls: Sequence[int]) -> int:
+        """Sequences that are run by calls of so many runs each: the goal's too, once for every `AT_ONCE` of them."""
+        return len(self.sequences) * sum(runs + math.ceil(runs / AT_ONCE) for runs in calls)

@@ -122,11 +122,12 @@ def select_layers(
         teacher: what KL is measured from; None: the model's own projections with softmax in all layers, which are the
             teacher's until stage 2 has been merged into them.
         weights: [N, T] of at least 0, what each token's prediction counts in the KL; None: all the same. Those of
-            `lizardzoo.evaluate.recall_sequences` count the answers of questions about the text, and nothing else.
+            `lizardzoo.evaluate.recall_sequences` count the answers of questions about the text; and nothing else, or
+            (`share`) all other tokens a little.
         greedy: choose one layer after the other, each time beside those already chosen: `keep` times the work, and
             right where two layers do one job.
         batch_size: sequences per forward.
-        progress: called with the sequences done and their number, over all rounds.
+        progress: called with the sequences run and how many there will be: every run's, the teacher's too.
 
     Returns:
         a `Selection`: a list of specs for `lizardzoo.linearize`, with the ranking and the KL by layers kept.
@@ -148,8 +149,9 @@ def select_layers(
             f"(all layers), got {keep!r}"
         )
     count = keep - len(already)
-    rounds = count if greedy else 1 + (count > 0)
-    text = Text(sequences, goal, batch_size, max(1, rounds), progress, weights)
+    number = len(candidates)
+    later = range(number - 1, number - count, -1) if greedy else [count] * (count > 0)
+    text = Text(sequences, goal, batch_size, [1 + number, *later], progress, weights)
 
     def kls(sets: Sequence[Sequence[int]]) -> list[float]:
         """With softmax in each of these sets of layers."""
