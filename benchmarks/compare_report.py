@@ -46,11 +46,12 @@ def markdown(results: dict[str, Any]) -> str:
             f"Chosen greedily on {selection['of']}: {', '.join(map(str, selection['kept']))}. "
             f"KL with the first 0, 1, 2, ... of them: {', '.join(f'{kl:.4f}' for kl in selection['curve'])}.",
         ]
-    for windows in results["windows"].values():
+    for name, found in results.get("sizes", {}).items():
+        curve = ", ".join(f"{kl:.4f}" for kl in found["curve"])
         parts += [
-            f"## {windows['field'].capitalize()} by layer, at the same state",
-            f"Chosen on {windows['of']}, KL {windows['kl_before']:.4f} before and {windows['kl']:.4f} with: "
-            f"{', '.join(map(str, windows['windows']))}.",
+            f"## {name}: sizes by layer, at the same state",
+            f"Chosen on {found['of']}, KL before and after each round that found better ones: {curve}.",
+            *(f"{field}: {', '.join(map(str, sizes.values()))}." for field, sizes in found["sizes"].items()),
         ]
     return "\n\n".join(parts) + "\n"
 

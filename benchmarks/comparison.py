@@ -41,7 +41,7 @@ class Results:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        empty: dict[str, Any] = {"settings": None, "selection": {}, "windows": {}, "runs": {}}
+        empty: dict[str, Any] = {"settings": None, "selection": {}, "sizes": {}, "runs": {}}
         self.values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else empty
 
     def settle(self, settings: dict[str, Any]) -> None:
@@ -147,8 +147,7 @@ class Comparison:
         for index in self.ranking(variant)[: variant.chosen] if variant.chosen else ():
             layers[index] = variant.give
         if variant.share:
-            for index, size in enumerate(self.sizes(variant)):
-                layers[index] = dataclasses.replace(layers[index], **{variant.share: size})
+            layers = self.shared_out(variant, layers)
         return lz.linearize(self.teacher, layers, calibrate=self.calibration)
 
     def ranking(self, variant: Variant) -> list[int]:
@@ -166,30 +165,34 @@ class Comparison:
             self.results.save()
         return values[base]["kept"]
 
-    def asked(self) -> tuple[Tensor, Tensor]:
-        """Questions about training text, and where their answers are: what a few softmax layers are kept for."""
+    def asked(self, share: float = 1.0) -> tuple[Tensor, Tensor]:
+        """Questions about training text, and weights of which their answers have a share: a few layers must see far."""
         length = self.arguments.tokens
         filler = self.tokenizer.decode(self.ranking_text.flatten(), skip_special_tokens=True)
         return evaluate.recall_sequences(
-            filler, self.tokenizer, length, RANKING, distances=(length // 4, length * 5 // 8), seed=1
+            filler, self.tokenizer, length, RANKING, distances=(length // 4, length * 5 // 8), seed=1, share=share
         )  # fmt: skip
 
-    def sizes(self, variant: Variant) -> list[int]:
-        """The size of every layer that the variant shares out, chosen on the same model."""
-        values, base = self.results.values["windows"], self.base(variant)
-        if base not in values:
-            model, of = self.ranked(base, variant)
+    def shared_out(self, variant: Variant, layers: list[Any]) -> list[Any]:
+        """The layers with the sizes that were chosen, on the same model."""
+        values = self.results.values.setdefault("sizes", {})
+        if variant.name not in values:
+            model, of = self.ranked(self.base(variant), variant)
+            if variant.chosen:  # nothing but its start has its layers
+                model, of = self.teacher, f"{variant.name} at its start"
+            ids, weights = self.asked(variant.by_recall) if variant.by_recall else (self.ranking_text, None)
             found = lz.select_windows(
-                model, self.ranking_text, layers=variant.spec_for(self.teacher), teacher=self.teacher,
-                field=variant.share, octaves=OCTAVES[variant.share], batch_size=4,
+                model, ids, layers=layers, teacher=self.teacher, weights=weights, field=variant.share,
+                octaves=max(OCTAVES[field] for field in variant.share), rounds=variant.rounds, batch_size=4,
             )  # fmt: skip
-            values[base] = {"of": of, **found.to_dict()}
+            values[variant.name] = {"of": of, **found.to_dict()}
             self.results.save()
-        return values[base]["windows"]
+        return values[variant.name]["layers"]
 
     def base(self, variant: Variant) -> str:
         """The variant that ranks for it: one of the same spec and nothing else."""
-        return "heavy" if isinstance(variant.spec_for(self.teacher), lz.Heavy) else RANKED
+        spec = variant.spec_for(self.teacher)
+        return {lz.Heavy: "heavy", lz.Window: "bare"}.get(type(spec), RANKED)
 
     def ranked(self, base: str, variant: Variant) -> tuple[Any, str]:
         """The base after stage 1 where that has been run, else the teacher, of which it is made; and what that is."""

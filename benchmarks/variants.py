@@ -18,8 +18,10 @@ HYBRID: Any = PRESETS.get("hybrid")
 @dataclass(frozen=True)
 class Variant:
     """A row. `spec` for all layers: a spec, or what makes one of the teacher; but for `chosen` of them, those with most
-    recall, which have `give`; `share`: a size ("window", "heavy") differs by layer, as measured, same state in all.
+    recall, which have `give`; `share`: sizes ("window", "heavy") differ by layer, as measured, same state in all.
 
+    by_recall: how much the answers of questions count where sizes are shared out; 0: they are on training text.
+    rounds: of sharing out, at most.
     loss: weights of cross-entropy and KL in stage 2.
     """
 
@@ -28,7 +30,9 @@ class Variant:
     differs: str
     chosen: int = 0
     give: MixerSpec = field(default_factory=lz.Softmax)
-    share: str = ""
+    share: tuple[str, ...] = ()
+    by_recall: float = 0.0
+    rounds: int = 1
     loss: tuple[float, float] = (0.0, 1.0)
 
     def spec_for(self, teacher: Any) -> MixerSpec:
@@ -100,12 +104,26 @@ def wide(window: int) -> list[Variant]:
     ]
 
 
+def by_layer(name: str, spec: Any, *share: str, by_recall: float = 0.0, rounds: int = 4, **others: Any) -> Variant:
+    """Sizes shared out among the layers, the same state in all."""
+    what = " and ".join({"window": "windows", "heavy": "heavy tokens"}[each] for each in share)
+    by = {0.0: "", 1.0: " by recall"}.get(by_recall, " by recall and text")
+    given = f", beside {others['chosen']} with {others['give']}" if others else ""
+    differs = f"{what} shared out among the layers{by}{given}, same state, {rounds} round{'s' * (rounds > 1)}"
+    return Variant(name, spec, differs, share=share, by_recall=by_recall, rounds=rounds, **others)
+
+
 WIDE = lz.Window(window=1024, keep=4)
+BARE = at_state_of(lz.Window(keep=4), HYBRID)
 HEAVY = at_state_of(lz.Heavy(window=128), HYBRID, "heavy")
+HEAVY_BESIDE_WIDE = beside(lz.Heavy(window=128), "heavy", WIDE, 4)
+BOTH = ("window", "heavy")
+MIXED = 0.1
+"""What answers count where all tokens do: they are few, and differ by far more."""
 
 VARIANTS: list[Variant] = [
     Variant("hybrid", HYBRID, ""),
-    Variant("bare", at_state_of(lz.Window(keep=4), HYBRID), "a bare window with as many bytes of state"),
+    Variant("bare", BARE, "a bare window with as many bytes of state"),
     Variant("heavy", HEAVY, "a window of 128 and the tokens that drew most attention in it, as many bytes"),
     Variant(
         "heavy-window-64",
@@ -121,7 +139,15 @@ VARIANTS: list[Variant] = [
         )
         for count in (128, 512, 1024)
     ),
-    Variant("heavy-by-layer", HEAVY, "heavy tokens shared out among the layers, same state", share="heavy"),
+    by_layer("heavy-by-layer", HEAVY, "heavy", rounds=1),
+    by_layer("heavy-by-layer-rounds", HEAVY, "heavy"),
+    by_layer("heavy-by-layer-recall", HEAVY, "heavy", by_recall=1.0),
+    by_layer("heavy-by-layer-mixed", HEAVY, "heavy", by_recall=MIXED),
+    by_layer("heavy-by-layer-both", HEAVY, *BOTH),
+    by_layer("heavy-by-layer-both-recall", HEAVY, *BOTH, by_recall=1.0),
+    by_layer("heavy-by-layer-both-mixed", HEAVY, *BOTH, by_recall=MIXED),
+    by_layer("bare-by-layer", BARE, "window"),
+    by_layer("bare-by-layer-mixed", BARE, "window", by_recall=MIXED),
     *(
         Variant(
             f"heavy-softmax-{count}", HEAVY, f"heavy, softmax kept in {count} layer{'s' * (count > 1)}", chosen=count
@@ -130,11 +156,12 @@ VARIANTS: list[Variant] = [
     ),
     Variant(
         "heavy-wide-4",
-        beside(lz.Heavy(window=128), "heavy", WIDE, 4),
+        HEAVY_BESIDE_WIDE,
         "a window of 1,024 in 4 layers, and fewer heavy tokens in the others: same state in all",
         chosen=4,
         give=WIDE,
     ),
+    by_layer("heavy-wide-4-by-layer", HEAVY_BESIDE_WIDE, *BOTH, by_recall=MIXED, chosen=4, give=WIDE),
     Variant("lizard", PRESETS.get("lizard"), "the paper's formula"),
     Variant("lizard-rope", PRESETS.get("lizard-rope"), "the paper's, with RoPE in the window"),
     Variant("lolcats", PRESETS.get("lolcats"), "LoLCATs'"),
@@ -164,7 +191,7 @@ VARIANTS: list[Variant] = [
         for dim in (16, 32)
     ),
     *(variant for window in (64, 256, 512) for variant in wide(window)),
-    Variant("windows-by-layer", HYBRID, "windows shared out among the layers, same state", share="window"),
+    by_layer("windows-by-layer", HYBRID, "window", rounds=1),
     Variant("loss-ce", HYBRID, "stage 2 with cross-entropy", loss=(1.0, 0.0)),
     Variant("loss-both", HYBRID, "stage 2 with cross-entropy and KL", loss=(0.5, 0.5)),
     *(

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import lizardzoo as lz
 from lizardzoo import evaluate
+from lizardzoo.cache import state_bytes
 from lizardzoo.config import PRESETS
 from lizardzoo.distill import plots
 
@@ -56,8 +58,8 @@ def call(compare, variants, tiny_folder, tmp_path, monkeypatch):
             variants.Variant("hybrid", small, ""),
             variants.Variant("bare", variants.at_state_of(lz.Window(), small), "bare"),
             variants.Variant("softmax-2", small, "two kept", chosen=2),
-            variants.Variant("shared", small, "shared windows", share="window"),
-            variants.Variant("heavy-shared", lz.Heavy(window=8, heavy=8), "heavy tokens", share="heavy"),
+            variants.Variant("shared", small, "shared windows", share=("window",)),
+            variants.Variant("heavy-shared", lz.Heavy(window=8, heavy=8), "heavy tokens", share=("heavy",)),
             variants.Variant("heavy-softmax", lz.Heavy(window=8, heavy=8), "one kept", chosen=1),
         ],
     )
@@ -112,20 +114,19 @@ def test_every_variant_is_trained_measured_and_told(call, tiny_folder, tiny_toke
     assert [row["name"] for row in stage["retrieval"]] == ["teacher", "student"]
     kept = [i for i, spec in enumerate(results["runs"]["softmax-2, 0"]["layers"]) if spec["type"] == "softmax"]
     assert kept == sorted(results["selection"]["hybrid"]["kept"][:2])
-    of_hybrid, of_heavy = (
-        [results[key][base]["of"] for key in ("selection", "windows")] for base in ("hybrid", "heavy")
-    )
-    assert of_hybrid == ["hybrid after stage 1"] * 2 and of_heavy == ["heavy"] * 2
+    sizes = results["sizes"]
+    assert results["selection"]["hybrid"]["of"] == sizes["shared"]["of"] == "hybrid after stage 1"
+    assert results["selection"]["heavy"]["of"] == sizes["heavy-shared"]["of"] == "heavy"
     shared = results["runs"]["shared, 0"]
-    assert [spec["window"] for spec in shared["layers"]] == results["windows"]["hybrid"]["windows"]
-    sizes = [spec["heavy"] for spec in results["runs"]["heavy-shared, 0"]["layers"]]
-    assert sizes == results["windows"]["heavy"]["windows"]
+    assert [spec["window"] for spec in shared["layers"]] == list(sizes["shared"]["sizes"]["window"].values())
+    heavy = [spec["heavy"] for spec in results["runs"]["heavy-shared, 0"]["layers"]]
+    assert heavy == list(sizes["heavy-shared"]["sizes"]["heavy"].values())
     kept = [i for i, spec in enumerate(results["runs"]["heavy-softmax, 0"]["layers"]) if spec["type"] == "softmax"]
     assert kept == results["selection"]["heavy"]["kept"][:1]
     assert shared["state bytes"] <= results["runs"]["hybrid, 0"]["state bytes"]
     assert [path.name for path in (tmp_path / "out" / "runs").iterdir()] == ["hybrid-0"]
     told = (tmp_path / "out" / "results.md").read_text()
-    for name in ("hybrid", "bare", "softmax-2", "After stage 2", "recall at 8"):
+    for name in ("hybrid", "bare", "softmax-2", "After stage 2", "recall at 8", "shared: sizes by layer"):
         assert name in told
     assert f"{overall.kl:.3f}<br>" in told
     assert (tmp_path / "out" / "results.png").read_bytes().startswith(b"\x89PNG")
@@ -161,6 +162,42 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_numbers(call, comparison, mo
     assert len(calls) == 10
 
 
+def test_sizes_are_shared_out_by_recall_in_both_fields_and_beside_wide_layers(
+    call, compare, comparison, variants, tiny_llama, monkeypatch
+):
+    """What the selection is asked for is what the variant says, and what is measured is what it has chosen."""
+    spec, wide = lz.Heavy(window=8, heavy=8), lz.Window(window=16)
+    monkeypatch.setitem(comparison.OCTAVES, "heavy", 1)
+    monkeypatch.setitem(comparison.OCTAVES, "window", 1)
+    both = {"share": ("window", "heavy"), "rounds": 2}
+    rows = [
+        variants.Variant("by-recall", spec, "", by_recall=1.0, **both),
+        variants.Variant("mixed-beside-wide", spec, "", by_recall=0.25, chosen=1, give=wide, **both),
+    ]
+    monkeypatch.setattr(compare, "VARIANTS", rows)
+    asked, choose = [], lz.select_windows
+
+    def select_windows(*arguments, **options):
+        asked.append(options)
+        return choose(*arguments, **options)
+
+    monkeypatch.setattr(comparison.lz, "select_windows", select_windows)
+    results = call("--stages", 0)
+    recall, mixed = asked
+    assert set(recall["weights"].unique().tolist()) == {0.0, 1.0}
+    answers = mixed["weights"] == 1
+    assert float(mixed["weights"][answers].sum() / mixed["weights"].sum()) == pytest.approx(0.25)
+    kept = results["selection"]["heavy"]["kept"][:1]
+    assert mixed["layers"] == [wide if i in kept else spec for i in range(3)]
+    for name, begun in (("by-recall", [spec] * 3), ("mixed-beside-wide", mixed["layers"])):
+        run, found = results["runs"][f"{name}, 0"], results["sizes"][name]
+        assert run["layers"] == found["layers"]
+        assert list(found["sizes"]) == ["window", "heavy"]
+        assert found["curve"][-1] <= found["curve"][0]
+        assert run["state bytes"] <= state_bytes(lz.linearize(tiny_llama, begun))
+    assert all(options["rounds"] == 2 for options in asked)
+
+
 def test_seeds_have_other_batches_and_one_row(call, report):
     results = call("--stages", 1, "--variants", "hybrid", "--seeds", 0, 1)
     one, other = (run["stages"]["transfer"]["texts"] for run in results["runs"].values())
@@ -182,7 +219,9 @@ def test_what_does_not_fit_is_refused(call):
 def test_variants_are_told_apart_and_have_the_state_they_claim(compare, variants, tiny_llama):
     names = [variant.name for variant in variants.VARIANTS]
     assert len(set(names)) == len(names)
-    assert len({(repr(v.spec), v.chosen, v.give, v.share, v.loss) for v in variants.VARIANTS}) == len(names)
+    assert len(
+        {(repr(v.spec), v.chosen, v.give, v.share, v.by_recall, v.rounds, v.loss) for v in variants.VARIANTS}
+    ) == len(names)
     tiny_llama.config.num_hidden_layers = 300  # sizes are worked out from the shapes alone
     by_name = {variant.name: variant.spec_for(tiny_llama) for variant in variants.VARIANTS}
     tiny_llama.config.num_hidden_layers = 3
@@ -198,6 +237,18 @@ def test_variants_are_told_apart_and_have_the_state_they_claim(compare, variants
         bytes_, budget = (variants.state_of(tiny_llama, by_name[each]) for each in (name, other))
         wider = replace(by_name[name], window=by_name[name].window + 1)
         assert bytes_ <= budget < variants.state_of(tiny_llama, wider), name
+
+
+def test_of_smollm2_every_size_that_is_shared_out_can_be_halved_so_often(comparison, variants):
+    heads = {"hidden_size": 576, "num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 30}
+    teacher = SimpleNamespace(config=SimpleNamespace(head_dim=64, **heads), dtype=torch.bfloat16)
+    shared = [variant for variant in variants.VARIANTS if variant.share]
+    assert len(shared) > 5
+    for variant in shared:
+        part = 2 ** max(comparison.OCTAVES[field] for field in variant.share)
+        specs = [variant.spec_for(teacher), *([variant.give] if variant.chosen else [])]
+        sizes = [getattr(spec, field) for spec in specs for field in variant.share if hasattr(spec, field)]
+        assert all(size % part == 0 for size in sizes), variant.name
 
 
 def test_wide_windows_in_few_layers_take_their_bytes_from_the_others(variants, tiny_llama):
@@ -232,7 +283,7 @@ def test_the_table_orders_by_what_is_far_and_puts_what_diverged_last(report):
     results = {
         "settings": settings,
         "selection": {},
-        "windows": {},
+        "sizes": {},
         "runs": {str(i): r for i, r in enumerate(runs)},
     }
     rows = list(report.rows_of(results, "wiki", "transfer"))
