@@ -545,6 +545,29 @@ def test_select_windows_writes_a_list_that_linearize_takes(student_folder, text_
     assert "is there already" in fail("select-windows", student_folder, *common, "--out", tmp_path / "layers.json")
 
 
+def test_select_windows_by_recall_in_both_fields_and_rounds(tiny_folder, text_file, tmp_path):
+    (tmp_path / "layers.json").write_text(json.dumps([lz.Heavy(window=8, heavy=8).to_dict()] * 3))
+    common = ("--text", text_file, "--length", 150, "--limit", 2, "--layers", tmp_path / "layers.json", "--octaves", 1)
+    recall = ("--recall", 12, "--recall", 20, "--recall-share", 0.5)
+    more = ("--field", "window", "--field", "heavy", "--rounds", 2)
+    found = json.loads(
+        succeed("select-windows", tiny_folder, *common, *recall, *more, "--json", "--out", tmp_path / "sizes.json")
+    )
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    ids, weights = evaluate.recall_sequences(text_file, tokenizer, 150, 2, distances=(12, 20), share=0.5)
+    teacher, spec = AutoModelForCausalLM.from_pretrained(tiny_folder), lz.Heavy(window=8, heavy=8)
+    expected = lz.select_windows(
+        teacher, ids, layers=spec, weights=weights, field=("window", "heavy"), octaves=1, rounds=2
+    )
+    assert read_layers(str(tmp_path / "sizes.json"), None, 3) == list(expected)
+    assert found["sizes"] == expected.to_dict()["sizes"]
+    assert found["curve"] == pytest.approx(expected.curve)
+    for command, options in (("select-windows", ()), ("select-layers", ("--keep", 1))):
+        arguments = (*options, "--text", text_file, "--length", 48, "--limit", 1, "--out", tmp_path / "other.json")
+        error = fail(command, tiny_folder, *arguments, "--recall-share", 0.5)
+        assert "--recall-share 0.5 says what answers count; say with --recall TOKENS how far back they lie" in error
+
+
 def test_select_layers_says_what_is_wrong(student_folder, text_file, tmp_path):
     common = ("select-layers", student_folder, "--text", text_file, "--length", 48, "--limit", 1)
     assert "end it in .json" in fail(*common, "--keep", 1, "--out", tmp_path / "layers.txt")

@@ -102,6 +102,18 @@ def test_sequences_of_recall_are_prompts_of_one_length_with_their_answers_marked
         assert facts_end_before(tiny_tokenizer, filler, sequence, int(marked.nonzero()[0]), distances[row % 2])
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_answers_have_their_share_and_all_other_tokens_the_same(tiny_tokenizer, share):
+    ids, answers = evaluate.recall_sequences(FILLER, tiny_tokenizer, 400, 4, distances=(20, 90))
+    same, weights = evaluate.recall_sequences(FILLER, tiny_tokenizer, 400, 4, distances=(20, 90), share=share)
+    assert torch.equal(same, ids)
+    counted = weights[:, 1:]  # nothing predicts the first
+    marked = answers[:, 1:].bool()
+    assert float(counted[marked].sum() / counted.sum()) == pytest.approx(share, rel=1e-4)
+    assert set(counted[marked].tolist()) == {1.0}
+    assert len(set(counted[~marked].tolist())) == 1
+
+
 def test_sequences_of_recall_that_cannot_be_are_refused(tiny_tokenizer):
     make = evaluate.recall_sequences
     with pytest.raises(LizardzooError, match="do not fit into 60 tokens"):
@@ -110,6 +122,9 @@ def test_sequences_of_recall_that_cannot_be_are_refused(tiny_tokenizer):
         make(FILLER, tiny_tokenizer, 400, 2, distances=(8, 16, 32))
     with pytest.raises(LizardzooError, match="a limit of as many"):
         make(FILLER, tiny_tokenizer, 400, 2, distances=())
+    for share in (0, 1.5, float("nan")):
+        with pytest.raises(LizardzooError, match=f"above 0 and at most 1, got {share}"):
+            make(FILLER, tiny_tokenizer, 400, 2, distances=(8,), share=share)
     with pytest.raises(LizardzooError, match="fewer than the 100000"):
         make(FILLER, tiny_tokenizer, 100_000, 2, distances=(8,))
 

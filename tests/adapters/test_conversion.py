@@ -99,6 +99,19 @@ def _head_error(attention: Any, kwargs: Any, q: Any, k: Any, v: Any) -> torch.Te
     return (attention.mixer(inputs)[0] - target).square().sum((0, 1, 3))
 
 
+@pytest.mark.parametrize(("spec", "runs"), [(lz.Heavy(), 0), (lz.Window(sinks=2), 0), (lz.Hybrid(window=8), 1)])
+def test_calibration_runs_the_teacher_only_for_mixers_that_set_something(tiny_llama, spec, runs, monkeypatch):
+    lengths, forward = [], LlamaForCausalLM.forward
+
+    def counted(self, *args, **kwargs):
+        lengths.append(args[0].shape[1])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", counted)
+    lz.linearize(tiny_llama, [spec, lz.Heavy(), "softmax"], calibrate=torch.randint(3, 300, (1, 40)))
+    assert lengths == [40] * runs
+
+
 def test_calibration_takes_text_with_a_tokenizer(tiny_folder: Path, tiny_llama: Any) -> None:
     text = "gates and windows and all that is far away " * 20
     model = lz.linearize(tiny_folder, lz.Hybrid(window=8), calibrate=text)
