@@ -3,6 +3,7 @@
 import io
 import itertools
 import json
+import random
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,7 @@ from lizardzoo.cache import state_bytes
 from lizardzoo.errors import LizardzooError
 from lizardzoo.evaluate.ablation import mixers_of
 from lizardzoo.evaluate.positions import Reader
+from lizardzoo.selection import budget, windows
 from lizardzoo.selection.budget import share_out
 from lizardzoo.selection.kl import Text
 
@@ -126,17 +128,42 @@ def test_it_is_never_worse_and_leaves_the_model_as_it_was(tiny_llama, text):
 @given(data=st.data())
 def test_the_knapsack_is_solved_exactly(data):
     count = data.draw(st.integers(1, 4))
-    rows = lambda values: st.lists(  # noqa: E731
-        st.lists(values, min_size=3, max_size=3), min_size=count, max_size=count
-    )
-    costs, sizes = data.draw(rows(st.floats(-1, 1))), data.draw(rows(st.integers(0, 5)))
+
+    def rows(values):
+        return data.draw(st.lists(st.lists(values, min_size=3, max_size=3), min_size=count, max_size=count))
+
+    costs, sizes = rows(st.floats(-1, 1)), rows(st.integers(-5, 5))
     least = sum(map(min, sizes))
-    budget = data.draw(st.integers(least, least + 12))
-    chosen = share_out(costs, sizes, budget)
+    spend = data.draw(st.integers(least, least + 12))
+    chosen = share_out(costs, sizes, spend)
     total = lambda table, choice: sum(row[i] for row, i in zip(table, choice))  # noqa: E731
-    affordable = [c for c in itertools.product(range(3), repeat=count) if total(sizes, c) <= budget]
+    affordable = [c for c in itertools.product(range(3), repeat=count) if total(sizes, c) <= spend]
     assert tuple(chosen) in affordable
     assert total(costs, chosen) == pytest.approx(min(total(costs, choice) for choice in affordable))
+
+
+def test_a_large_knapsack_is_filled_almost_as_well_as_by_every_way(monkeypatch):
+    draw = random.Random(0)
+    costs = [sorted((draw.random() for _ in range(5)), reverse=True) for _ in range(24)]
+    sizes = [[each * 2**n for n in range(5)] for each in (780, 792) for _ in range(12)]
+    spend = 24 * 4 * 786
+    found = {}
+    for ways in (64, 10**9):
+        monkeypatch.setattr(budget, "WAYS", ways)
+        chosen = share_out(costs, sizes, spend)
+        assert sum(row[i] for row, i in zip(sizes, chosen)) <= spend
+        found[ways] = sum(row[i] for row, i in zip(costs, chosen))
+    assert found[10**9] <= found[64] < found[10**9] + 0.02 * (sum(map(max, costs)) - found[10**9])
+
+
+def test_what_two_sizes_of_a_layer_take_together_may_be_more(made_up, text, monkeypatch):
+    """Where a state has window * heavy entries, what looked affordable is not, and is not taken."""
+    made_up(lambda specs: sum(1 / spec.window + 1 / spec.heavy for spec in specs[:1]))
+    entries = lambda model: sum(m.spec.window * m.spec.heavy for m in mixers_of(model).values())  # noqa: E731
+    monkeypatch.setattr(windows, "state_bytes", entries)
+    start = lz.Heavy(window=WINDOW, keep=0, heavy=8)
+    found = lz.select_windows(deep(3), text, layers=start, field=("window", "heavy"), rounds=3)
+    assert sum(spec.window * spec.heavy for spec in found) <= 3 * WINDOW * 8
 
 
 def test_weights_choose_what_only_the_tokens_that_count_need():

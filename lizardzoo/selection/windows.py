@@ -37,6 +37,8 @@ ROUNDS = 1
 """At most so many, unless told."""
 TOLLS = (0.0, 1 / 64, 1 / 16, 1 / 4)
 """What a change by an octave has to pay for itself, in parts of the best change's worth: fewer and fewer are made."""
+CHOICES = 3 * len(TOLLS)
+"""Choices for each number of octaves: by every toll, of all layers and of every second one."""
 
 Sizes = dict[tuple[str, int], int]
 """The size of a field in a layer."""
@@ -123,13 +125,13 @@ def select_windows(
     """Share the windows out among the layers, so that the KL to the teacher is least and the state no larger.
 
     Each size alone is halved and doubled, `octaves` times each; nothing is trained. As if the changes of KL added up,
-    the best sizes for the same bytes of state are found exactly (a knapsack), and more careful ones, with fewer octaves
-    and fewer changes. They are run together, and the best of them and of what the model had is taken, so it is never
-    worse on this text. But layers are not additive: a further round begins at what the last one chose, halves and
-    doubles each size once, and chooses in the same way, until one finds nothing better.
+    the best sizes for the same bytes of state are found (a knapsack), and more careful ones, with fewer octaves and
+    fewer changes. They are run together, and the best of them and of what the model had is taken, so it is never worse
+    on this text. But layers are not additive: a further round begins at what the last one chose, halves and doubles
+    each size once, and chooses in the same way, until one finds nothing better.
 
-    Of S sizes (layers, times fields), S * 2 * octaves + 1 + 4 * octaves runs through the sequences at most, a further
-    round 2 * S + 5, each a forward pass; and the teacher's, once for every 32 of them.
+    For S sizes (one for each layer and field) the model runs at most 1 + (2 * S + 12) * octaves times through the
+    sequences, and 1 + 2 * S + 12 times for a further round; the teacher once for every 32 of these.
 
     Args:
         model: a linearized model, or a teacher, which is linearized with `layers` and calibrated first.
@@ -159,7 +161,7 @@ def select_windows(
     start = sizes = _sizes(student, fields, octaves)
     scales = {item: [size * 2**n // 2**octaves for n in range(2 * octaves + 1)] for item, size in start.items()}
     budget = state_bytes(student)
-    planned = [1 + 2 * octaves * len(start), len(TOLLS) * octaves, *[1 + 2 * len(start), len(TOLLS)] * (rounds - 1)]
+    planned = [1 + 2 * octaves * len(start), CHOICES * octaves, *[1 + 2 * len(start), CHOICES] * (rounds - 1)]
     text = Text(sequences, goal, batch_size, planned, progress, weights)
 
     def kls(tried: Sequence[Sizes]) -> list[float]:
@@ -241,13 +243,12 @@ def _together(student: Any, sizes: Sizes, costs: Costs, reach: int, budget: int)
             item: [x for x in each if _octaves(x, sizes[item]) <= octaves * (item[1] in changed)]
             for item, each in costs.items()
         }
-        least = {item: min(more[item][x] for x in each) for item, each in near.items()}
-        taken = [[more[item][x] - least[item] for x in each] for item, each in near.items()]
+        taken = [[more[item][x] for x in each] for item, each in near.items()]
         for toll in TOLLS:
             paid = [
                 [costs[item][x] + toll * worth * _octaves(x, sizes[item]) for x in each] for item, each in near.items()
             ]
-            columns = share_out(paid, taken, budget - bytes_now - sum(least.values()))
+            columns = share_out(paid, taken, budget - bytes_now)
             candidate = {item: each[column] for (item, each), column in zip(near.items(), columns)}
             # What two sizes of a layer take could be more than the sum of both; of the mixers here it is not.
             if candidate != sizes and candidate not in found and _bytes_with(student, candidate) <= budget:
