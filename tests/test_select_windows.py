@@ -182,7 +182,7 @@ def test_weights_choose_what_only_the_tokens_that_count_need():
         weights = torch.zeros(text.shape)
         weights[:, 1:] = (gain[layer] - gain[other] > 0.02)[:, :-1]
         assert weights.sum() > 5
-        found = lz.select_windows(teacher, text, layers=start, octaves=1, weights=weights)
+        found = lz.select_windows(teacher, text, layers=start, octaves=1, rounds=1, weights=weights)
         assert found.windows[layer] == 16 > found.windows[other]
         alone = found.kl_alone["window"][layer][16]
         counted = kl_by_token([wide if i == layer else start for i in range(4)])[:, :-1] * weights[:, 1:]

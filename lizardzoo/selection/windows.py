@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 NAMES = {"window": ("a window", "windows"), "heavy": ("heavy tokens", "numbers of heavy tokens")}
 """The fields that can be shared out, in words."""
-ROUNDS = 1
-"""At most so many, unless told."""
+ROUNDS = 2
+"""At most so many, unless told: the second costs half of the first, and is the one that sees the layers together."""
 TOLLS = (0.0, 1 / 64, 1 / 16, 1 / 4)
-"""What a change by an octave has to pay for itself, in parts of the best change's worth: fewer and fewer are made."""
+"""What a change by an octave has to pay for itself, in parts of the best change's worth: the higher, the fewer."""
 CHOICES = 3 * len(TOLLS)
 """Choices for each number of octaves: by every toll, of all layers and of every second one."""
 
