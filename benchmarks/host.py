@@ -35,9 +35,16 @@ REPEATS = 300
 
 
 class Driver:
-    """A Hopper device as far as Triton asks before the last step of a launch, which counts and does nothing."""
+    """A device as far as Triton asks before the last step of a launch, which counts and does nothing.
+
+    Args:
+        capability: 90 is Hopper.
+    """
 
     launches = 0
+
+    def __init__(self, capability: int = 90):
+        self.capability = capability
 
     class launcher_cls:
         """Stands for the launcher that Triton makes of a compiled kernel."""
@@ -59,8 +66,12 @@ class Driver:
         def load_binary(*_: Any) -> tuple[int, ...]:
             return 1, 1, 0, 0, 1024
 
+        @staticmethod
+        def unload_module(_: Any) -> None:
+            pass
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -89,13 +100,14 @@ class Counts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def pretend() -> None:
+def pretend(device: Driver | None = None) -> None:
     """Make Triton and torch believe in the device. Kernels are imported before CPU tensors are let in."""
+    import lizardzoo.kernels.heavy.step
     import lizardzoo.kernels.hybrid.ops
     import lizardzoo.kernels.rotary.ops
     import lizardzoo.kernels.token_gates.ops  # noqa: F401
 
-    driver.set_active(Driver())
+    driver.set_active(device or Driver())
     torch.cuda.current_device = lambda: 0
     torch._C._cuda_getCurrentRawStream = lambda _: 0
     os.environ["TRITON_INTERPRET"] = "1"  # what lets CPU tensors in; the kernels have been made without it

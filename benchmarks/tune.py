@@ -10,16 +10,16 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from contenders import SHAPES, Inputs, Maker, draw, heavy, window
+from contenders import SHAPES, Inputs, Maker, draw, gated_linear, heavy, hybrid, window
 from measure import relative_error, timed
 from torch import Tensor
 
-from lizardzoo.kernels.launching import forget
+from lizardzoo.kernels.launching import forget, shared_memory, table_key
 
-Entry: TypeAlias = tuple[int, ...]
+Entry: TypeAlias = Any
 TOLERANCE = 5e-3
 """Relative difference to the default's result: another order of rounding in bf16."""
 
@@ -33,31 +33,42 @@ class Trial(NamedTuple):
 
 
 class Target(NamedTuple):
-    """A kernel's table, what runs it, whether in the backward, and the choices for each number of an entry."""
+    """A kernel's table, what runs it, which part of that is timed, and the entries to try."""
 
     table: MutableMapping[Any, Any]
     maker: Maker
-    backward: bool
-    choices: Sequence[Sequence[int]]
+    part: Literal["forward", "backward", "both"]
+    candidates: Iterable[Entry]
 
 
-def targets() -> dict[str, dict[str, Target]]:
-    """By op and kernel."""
+def targets(op: str) -> dict[str, Target]:
+    """By kernel. The hybrid runs the kernels of its branches, in forms of their own: its tables are theirs."""
+    from lizardzoo.kernels.gated_linear import tables as linear
     from lizardzoo.kernels.heavy import ops as heavy_ops
     from lizardzoo.kernels.window import ops as window_ops
 
-    tiles = ((32, 64, 128), (32, 64, 128), (4, 8), (2, 3))  # query rows, keys, warps, stages
-    ops: dict[str, tuple[Any, Maker]] = {
-        "window": (window_ops, lambda i: window(i, "triton")),
-        "heavy": (heavy_ops, lambda i: heavy(i, "triton")),  # with the window, whose tables stay
+    makers: dict[str, Maker] = {
+        "window": lambda i: window(i, "triton"),
+        "heavy": lambda i: heavy(i, "triton"),  # with the window, whose tables stay
+        "gated-linear": lambda i: gated_linear(i, "triton"),
+        "hybrid": lambda i: hybrid(i, "triton"),
     }
-    return {
-        op: {
-            kernel: Target(table, maker, kernel not in ("forward", "drawn"), tiles)
-            for kernel, table in module.TILES.items()
-        }
-        for op, (module, maker) in ops.items()
-    }
+    found: dict[str, Target] = {}
+    maker = makers[op]
+    tiles = list(itertools.product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3)))  # query rows, keys, warps, stages
+    tables = {"window": window_ops.TILES, "heavy": heavy_ops.TILES, "hybrid": window_ops.TILES}.get(op, {})
+    for kernel, table in tables.items():
+        part: Any = "forward" if kernel in ("forward", "drawn") else "backward"
+        found[f"window {kernel}" if op == "hybrid" else kernel] = Target(table, maker, part, tiles)
+    if op in ("gated-linear", "hybrid"):
+        options = list(itertools.product((4, 8), (1, 2, 3), (None, 128, 168, 255)))  # warps, stages, registers at most
+        for kernel, launches in linear.LAUNCHES.items():
+            part = "forward" if kernel in ("chunk_states", "outputs") else "backward"
+            found[kernel] = Target(launches, maker, part, options)
+        found["chunks"] = Target(linear.CHUNKS, maker, "both", (16, 32, 64, 128))  # which all of these kernels share
+        scans = itertools.product((128, 256, 512, 1024), (2, 4, 8))  # numbers of a program, steps read ahead
+        found["scan"] = Target(linear.SCANS, maker, "both", list(scans))
+    return found
 
 
 def tune(
@@ -90,37 +101,49 @@ def _try(entry: Entry, expected: Sequence[Tensor], run: Callable[[], Sequence[Te
 
 
 def runner(target: Target, inputs: Inputs) -> Callable[[], Sequence[Tensor]]:
-    """The forward alone, or the backward alone behind a forward that was made once."""
+    """The forward alone, the backward alone behind a forward that was made once, or both."""
     function = target.maker(inputs)
-    if not target.backward:
+    if target.part == "forward":
         return torch.no_grad()(lambda: [function.run(inputs)])
     y = function.run(inputs)
     dy, learns = torch.randn_like(y), list(function.learns(inputs).values())
+    if target.part == "both":
+        return lambda: torch.autograd.grad(function.run(inputs), learns, dy)
     return lambda: torch.autograd.grad(y, learns, dy, retain_graph=True)
 
 
 def main() -> None:
     """Tune the tables of an op at a shape."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("op", choices=("window", "heavy"))
+    parser.add_argument("op", choices=("window", "heavy", "gated-linear", "hybrid"))
     parser.add_argument("--kernel", action="append", help="default: all of the op")
     parser.add_argument("--shape", choices=SHAPES, default="1b")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     arguments = parser.parse_args()
+    found = targets(arguments.op)
+    unknown = [kernel for kernel in arguments.kernel or () if kernel not in found]
+    if unknown:
+        parser.error(f"{arguments.op} has no kernel {unknown[0]!r}; choose of {', '.join(found)}")
     if not torch.cuda.is_available():
         raise SystemExit("tune times kernels on a CUDA device, and torch finds none here")
     shape, dtype = SHAPES[arguments.shape], getattr(torch, arguments.dtype)
     torch.manual_seed(0)
     inputs = draw(shape, arguments.batch, arguments.tokens, "cuda", dtype)
-    key = (inputs.q.element_size(), max(64, shape.head_dim, shape.feature_dim))
+    sizes = inputs.q.element_size(), max(64, shape.head_dim, shape.feature_dim)
     capability = ".".join(map(str, torch.cuda.get_device_capability()))
-    for kernel, target in targets()[arguments.op].items():
+    for kernel, target in found.items():
         if arguments.kernel and kernel not in arguments.kernel:
             continue
+        if kernel == "scan":  # by rows of states
+            from lizardzoo.kernels.gated_linear.tables import scan_key
+
+            key: Any = scan_key(arguments.batch * shape.kv_heads)
+        else:
+            key = table_key(target.table, *sizes, shared_memory(inputs.q.device))
         print(f"{arguments.op}, {kernel} {key}, {torch.cuda.get_device_name()} ({capability})")
-        trials = tune(target.table, key, itertools.product(*target.choices), runner(target, inputs))
+        trials = tune(target.table, key, target.candidates, runner(target, inputs))
         default = target.table[key]
         spread = " and ".join(f"{t.ms:.4f}" for t in trials if t.entry == default and t.ms is not None)
         for trial in trials[:10]:

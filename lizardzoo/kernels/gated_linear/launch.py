@@ -1,4 +1,4 @@
-"""Gated linear attention on the Triton kernels: sizes, tables and launches, forward and backward."""
+"""Gated linear attention on the Triton kernels: sizes and launches, forward and backward."""
 
 from __future__ import annotations
 
@@ -12,36 +12,20 @@ from torch import Tensor
 from lizardzoo.kernels.gated_linear import triton as kernels
 from lizardzoo.kernels.gated_linear import triton_backward
 from lizardzoo.kernels.gated_linear.state import state_heads
-from lizardzoo.kernels.launching import ALIGNED, launch, power_of_2, strides, unit_stride
+from lizardzoo.kernels.gated_linear.tables import (
+    HOLDS,
+    LAUNCHES,
+    MAP_TILES,
+    PROGRAMS,
+    SCANS,
+    chunk_size,
+    scan_key,
+    tile_of,
+)
+from lizardzoo.kernels.launching import ALIGNED, entry, launch, power_of_2, strides, unit_stride
 
 NEG_INF = float("-inf")
 INTERPRETED = kernels.INTERPRETED
-PROGRAMS = 1024
-"""Programs that share a map's gradient: some for each multiprocessor of a large GPU, each with its own part."""
-MAP_TILE = 64
-"""Tokens of a tile of those."""
-# (bytes of a number, head_dim or feature_dim up to) -> slots of a chunk. A program holds several tiles of [chunk,
-# features] in registers, and their operands in shared memory.
-CHUNKS = {(2, 64): 64, (2, 128): 64, (4, 64): 32, (4, 128): 16}
-# Kernel -> the same -> warps, stages, registers of a thread at most (None: the compiler's choice).
-LAUNCHES: dict[str, dict[tuple[int, int], tuple[int, int, int | None]]] = {
-    # a second stage reads the next head's tiles meanwhile: 206 us for 222 (outputs, 1B shape, 16K tokens, H100)
-    "chunk_states": {(2, 64): (4, 2, None), (2, 128): (4, 1, None), (4, 64): (4, 1, None), (4, 128): (8, 1, None)},
-    # 255: left to itself, ptxas takes 32 registers for fp32 and spills 15 KB a thread
-    "outputs": {(2, 64): (4, 2, None), (2, 128): (4, 1, None), (4, 64): (4, 1, 255), (4, 128): (8, 1, 255)},
-    "state_gradients": {(2, 64): (4, 2, None), (2, 128): (8, 1, None), (4, 64): (4, 1, None), (4, 128): (8, 1, None)},
-    "query_gradients": {(2, 64): (4, 1, None), (2, 128): (8, 1, None), (4, 64): (4, 1, 255), (4, 128): (8, 1, None)},
-    "near_key_gradients": {
-        (2, 64): (4, 2, None),
-        (2, 128): (8, 1, None),
-        (4, 64): (4, 1, None),
-        (4, 128): (8, 1, None),
-    },
-    "key_gradients": {(2, 64): (4, 1, None), (2, 128): (8, 1, None), (4, 64): (4, 1, None), (4, 128): (8, 1, None)},
-    "map_gradients": {(2, 64): (4, 2, None), (2, 128): (4, 1, None), (4, 64): (4, 1, None), (4, 128): (8, 1, None)},
-}
-# Numbers of a program of the scan, and steps that are read ahead: with few rows, more programs share a matrix.
-SCANS = ((1024, 4), (256, 4), (128, 8))
 
 
 class Inputs(NamedTuple):
@@ -113,8 +97,7 @@ class Launch:
         self.half = inputs.key_map.shape[2] if inputs.key_map is not None else self.head_dim
         self.features = self.half * (1 + mapped)
         self.scales = 1 if mapped and inputs.activation == "softmax" else self.features
-        size = 2 if q.dtype == torch.bfloat16 else 4  # bytes of an operand: fp16 does not have the range of weights
-        self.tile = size, power_of_2(max(64, self.head_dim, self.half, self.value_dim))
+        self.tile = tile_of(q, self.value_dim, self.half)
         self.chunk = chunk_size(*self.tile)
         self.chunks = -(-self.count // self.chunk)
         self.rows = self.batch * self.state_heads
@@ -133,7 +116,7 @@ class Launch:
 
     def run(self, kernel: Any, pointers: tuple[Tensor | None, ...], numbers: tuple[int, ...], **more: bool) -> None:
         """Launch a kernel of the tables, a program for each chunk and head."""
-        warps, stages, registers = LAUNCHES[kernel.fn.__name__][self.tile]
+        warps, stages, registers = entry(LAUNCHES[kernel.fn.__name__], *self.tile)
         constants = {**self.sizes, **more}
         options = {"num_warps": warps, "num_stages": stages, "maxnreg": registers}
         launch(kernel, (self.chunks, self.rows), pointers, numbers, constants, **options)
@@ -147,7 +130,8 @@ class Launch:
         if self.inputs.key_map is None:
             return d_z if tokens else None, None
         batch, count = d_z.shape[:2]
-        tiles = -(-count // MAP_TILE)
+        tile = entry(MAP_TILES, *self.tile)
+        tiles = -(-count // tile)
         span = -(-tiles // max(1, PROGRAMS // (batch * heads)))
         parts = -(-tiles // span)
         in_place = self.half == self.head_dim and d_z.dtype == x.dtype
@@ -156,12 +140,12 @@ class Launch:
             d_x = d_z if in_place else self.empty(*d_z.shape[:3], self.head_dim, dtype=x.dtype)
         d_maps = self.empty(parts * batch, heads, self.head_dim, self.half)
         names = ("D", "F", "BD", "BF", "C", "OPERAND", "PRECISION")
-        warps, stages, _ = LAUNCHES["map_gradients"][self.tile]
+        warps, stages, _ = entry(LAUNCHES["map_gradients"], *self.tile)
         numbers = (weight.shape[0], count, end, span, heads, heads // x.shape[2])
         launch(
             triton_backward.map_gradients, (parts, batch * heads), (x, weight, d_z, d_x, d_maps),
             (*strides(x), *numbers),
-            {**{name: self.sizes[name] for name in names}, "C": MAP_TILE}, num_warps=warps, num_stages=stages,
+            {**{name: self.sizes[name] for name in names}, "C": tile}, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         return d_x, d_maps
 
@@ -214,7 +198,7 @@ class Launch:
         first state, and what passes through each chunk [B * Hs, N, parts that sum to it].
         """
         last = self.memory()
-        size, stages = SCANS[0] if self.rows >= 128 else SCANS[1] if self.rows >= 32 else SCANS[2]
+        size, stages = SCANS[scan_key(self.rows)]
         width = min(64, power_of_2(self.features))
         height = max(1, size // width)
         grid = (self.rows, -(-self.value_dim // height), -(-self.features // width))
@@ -227,11 +211,6 @@ class Launch:
         pointers = (*added, carry, *start, *last, *each, *(before or (None,) * 3), through)
         launch(kernels.scan, grid, pointers, (self.chunks,), constants, num_warps=max(1, size // 256))
         return last, through
-
-
-def chunk_size(bytes_: int, dim: int) -> int:
-    """Slots of a chunk."""
-    return CHUNKS[bytes_, dim]
 
 
 def forward(
@@ -266,6 +245,7 @@ def forward(
         kernels.outputs,
         (q, k, v, *gates, *maps, *saved[:3], *beside, y, log_mass),
         (*strides(q, k, v), query_heads, key_heads, *sizes, *call.groups_and_heads),
+        HELD=entry(HOLDS, *call.tile),
     )
     return y, log_mass, *last, bytes_
 

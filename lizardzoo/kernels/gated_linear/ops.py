@@ -15,6 +15,7 @@ from lizardzoo.kernels.features import FeatureMap
 from lizardzoo.kernels.gated_linear import launch, triton_step
 from lizardzoo.kernels.gated_linear.launch import NEG_INF, Gradients, Inputs, Launch
 from lizardzoo.kernels.gated_linear.state import next_state
+from lizardzoo.kernels.gated_linear.tables import tile_of
 from lizardzoo.kernels.launching import eager, power_of_2, prepared
 from lizardzoo.kernels.launching import launch as start
 from lizardzoo.kernels.rows import Rows, arrange, unroll
@@ -260,6 +261,7 @@ class StepSizes(NamedTuple):
         """For q [B, 1, H, D], v [B, 1, Hkv, V] and the memory kv [B, Hs, 2F, V]."""
         dim, value_dim, features = q.shape[3], v.shape[3], kv.shape[2]
         half = -(-features // 2)
+        tile_of(q, value_dim, half)  # for what it refuses
         groups = q.shape[2] // kv.shape[1]
         rows = 1 << (groups - 1).bit_length()
         depth = max(1, min(power_of_2(dim), 16384 // (rows * power_of_2(half))))

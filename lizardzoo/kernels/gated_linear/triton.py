@@ -392,7 +392,7 @@ def outputs(
     qb, qt, qh, kb, kt, kh, vb, vt, vh, query_map_heads, key_map_heads, T, N, shift, G, HS, R,
     D: tl.constexpr, F: tl.constexpr, V: tl.constexpr, BD: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
     C: tl.constexpr, HALVES: tl.constexpr, MAP: tl.constexpr, SCALES: tl.constexpr, PACKED: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, HELD: tl.constexpr,
 ):  # fmt: skip
     """y and log_mass of a chunk, for the G query heads that share a state.
 
@@ -415,7 +415,6 @@ def outputs(
     # operands that all heads share, made once
     first_k = _operand(_features(z, peak, 0, F, BF, MAP), OPERAND)
     second_k = _operand(_features(z, peak, HALVES - 1, F, BF, MAP), OPERAND)
-    HELD: tl.constexpr = OPERAND == "bf16"  # shared memory does not hold fp32 ones over the loop
     if HELD:
         first_memory, first_mass = _state_operands(kv, norm, at, 0, F, F2, V, BF, BV, OPERAND, 1)
         second_memory, second_mass = _state_operands(kv, norm, at, HALVES - 1, F, F2, V, BF, BV, OPERAND, 1)

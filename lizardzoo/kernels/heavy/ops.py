@@ -12,7 +12,7 @@ from torch import Tensor
 from lizardzoo.kernels.heavy import triton as kernels
 from lizardzoo.kernels.heavy import triton_choice as choice
 from lizardzoo.kernels.heavy.state import by_score, next_state
-from lizardzoo.kernels.launching import eager, launch, power_of_2, prepared, strides, unit_stride
+from lizardzoo.kernels.launching import eager, entry, launch, power_of_2, prepared, strides, unit_stride
 from lizardzoo.kernels.rows import arrange, last_document, unroll
 from lizardzoo.kernels.window import ops as window_ops
 
@@ -21,7 +21,7 @@ INTERPRETED = window_ops.INTERPRETED
 CHUNK = 16 if INTERPRETED else 128
 # Kernel -> (bytes of a number, head_dim up to) -> query rows M, keys N, warps, stages. benchmarks/tune.py chose (2, 64)
 # and (2, 128) on an H200; the others are the window's where the registers hold them.
-TILES = {
+TILES: dict[str, dict[tuple[int, ...], tuple[int, int, int, int]]] = {
     "drawn": {(2, 64): (64, 64, 4, 3), (2, 128): (64, 64, 4, 2), (2, 256): (64, 64, 8, 1),
               (4, 64): (32, 32, 4, 2), (4, 128): (32, 32, 8, 1), (4, 256): (16, 16, 4, 1)},
     "forward": {(2, 64): (64, 32, 4, 2), (2, 128): (128, 32, 4, 3), (2, 256): (64, 32, 8, 2),
@@ -47,7 +47,7 @@ def _tiles(kernel: str, q: Tensor, v: Tensor) -> tuple[dict[str, int], dict[str,
     if INTERPRETED:
         return {"M": 16, "N": 16}, {}
     dim = max(64, power_of_2(max(q.shape[3], v.shape[3])))
-    rows, keys, warps, stages = TILES[kernel][q.element_size(), dim]
+    rows, keys, warps, stages = entry(TILES[kernel], q.element_size(), dim, q.device)
     return {"M": rows, "N": keys}, {"num_warps": warps, "num_stages": stages}
 
 

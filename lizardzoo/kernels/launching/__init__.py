@@ -6,6 +6,7 @@ memory, and Triton's look at every argument of every launch take longer than the
 
 from __future__ import annotations
 
+from lizardzoo.kernels.launching.device import entry, shared_memory, table_key
 from lizardzoo.kernels.launching.eager import eager
 from lizardzoo.kernels.launching.program import ALIGNED, PROGRAMS, Program, forget, launch, prepared
 from lizardzoo.kernels.launching.sizes import power_of_2, strides, unit_stride
@@ -15,10 +16,13 @@ __all__ = [
     "PROGRAMS",
     "Program",
     "eager",
+    "entry",
     "forget",
     "launch",
     "power_of_2",
     "prepared",
+    "shared_memory",
     "strides",
+    "table_key",
     "unit_stride",
 ]

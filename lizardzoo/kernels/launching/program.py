@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lizardzoo.kernels.launching.device import check_device
+
 PROGRAMS = 1_000
 """That a function keeps; a new length is a new one."""
 ALIGNED = 256
@@ -24,7 +26,7 @@ class Outline:
     """What a `prepared` function sees of a tensor: all but its numbers, so that nothing can be computed of them.
 
     Attributes:
-        shape, dtype, ndim, stride, element_size, numel, new_empty: as of a tensor.
+        shape, dtype, device, ndim, stride, element_size, numel, new_empty: as of a tensor.
         memory: the argument's place among the arguments; of one's own memory, below zero, a number for each.
         offset: bytes from the beginning of that memory.
     """
@@ -40,6 +42,11 @@ class Outline:
     @property
     def ndim(self) -> int:
         return len(self.shape)
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = _TRACE.current.device  # all arguments lie on one
+        return device
 
     def stride(self, axis: int | None = None) -> Any:
         return self.strides if axis is None else self.strides[axis]
@@ -92,7 +99,8 @@ class Call(NamedTuple):
 class _Trace:
     """The launches of a function and the memory that it makes; of each pointer, once, memory, offset and dtype."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.launches: list[Launch] = []
         self.made: list[Outline] = []
         self.places: dict[tuple[int, int, torch.dtype], int] = {}
@@ -130,14 +138,15 @@ class Program:
     Args:
         function: see `prepared`.
         arguments: which the function is traced with; the tensors' numbers are not looked at.
+        device: on which they lie.
     """
 
-    def __init__(self, function: Callable[..., tuple[Any, ...]], arguments: tuple[Any, ...]):
+    def __init__(self, function: Callable[..., tuple[Any, ...]], arguments: tuple[Any, ...], device: torch.device):
         outlines = [
             Outline(x.shape, x.stride(), x.dtype, place) if isinstance(x, Tensor) else x
             for place, x in enumerate(arguments)
         ]
-        _TRACE.current = trace = _Trace()
+        _TRACE.current = trace = _Trace(device)
         try:
             returned = function(*outlines)
         finally:
@@ -218,12 +227,12 @@ def prepared(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[An
     Its arguments are tensors, None, and what can be hashed. It is traced once for each kind of them: shapes, strides,
     dtypes, devices, which of them are None, alignment, and the value of all that is no tensor. It sees an `Outline` of
     each tensor, so it may decide by all of these, and by tables that stay as they are (else: `forget`). It returns a
-    tuple of tensors that it has
-    allocated, of None and of plain values; all its other memory is scratch, one allocation. Kernels may write to
-    arguments.
+    tuple of tensors that it has allocated, of None and of plain values; all its other memory is scratch, one
+    allocation. Kernels may write to arguments.
 
     What the first call of a kind launches goes Triton's way and decides the compiled forms; later calls launch the same
-    forms by address, on torch's current stream. Under Triton's interpreter every call is a first one.
+    forms by address, on torch's current stream. Under Triton's interpreter every call is a first one. A CUDA device
+    that is too old for the kernels raises at a first call.
     """
     programs: dict[tuple[Any, ...], Program] = {}
     _PREPARED.append(programs)
@@ -248,7 +257,8 @@ def prepared(function: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[An
         key = tuple(kind)
         program = programs.get(key)
         if program is None:
-            program = Program(function, arguments)
+            check_device(device)
+            program = Program(function, arguments, device)
             if len(programs) >= PROGRAMS:
                 programs.clear()
             programs[key] = program

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lizardzoo.errors import LizardzooError
 from lizardzoo.kernels.dispatch import Impl
-from lizardzoo.kernels.launching import eager, launch, power_of_2, prepared, strides, unit_stride
+from lizardzoo.kernels.launching import eager, entry, launch, power_of_2, prepared, strides, unit_stride
 from lizardzoo.kernels.rows import arrange, unroll
 from lizardzoo.kernels.state import overwriting, writable
 from lizardzoo.kernels.window import triton as kernels
@@ -26,13 +26,14 @@ KEPT_BLOCK = 16  # kept tokens a tile: few, and no dot takes fewer
 # Kernel -> (bytes of a number, head_dim up to) -> query rows M, keys N, warps, stages. Measured on an H100 (bf16,
 # window 128, 4 query heads a key head, head_dim 64, 128): small tiles win, since most of a large tile is outside
 # the window, and more programs hide each other's loads (forward, head_dim 128: 0.23 ms with 64 rows, 0.27 with 128).
-# For 256 and fp32: what the registers hold.
-TILES = {
+# For 256 and fp32: what the registers hold. A third number: for devices with less shared memory (`launching.device`),
+# by what it holds (benchmarks/shared_memory.py).
+TILES: dict[str, dict[tuple[int, ...], tuple[int, int, int, int]]] = {
     "forward": {(2, 64): (64, 32, 4, 3), (2, 128): (64, 32, 4, 3), (2, 256): (64, 32, 4, 2),
                 (4, 64): (64, 32, 4, 2), (4, 128): (32, 32, 8, 2), (4, 256): (16, 16, 4, 1)},
-    "query": {(2, 64): (64, 32, 4, 3), (2, 128): (64, 32, 4, 2), (2, 256): (64, 32, 8, 1),
+    "query": {(2, 64): (64, 32, 4, 3), (2, 128): (64, 32, 4, 2), (2, 256): (64, 32, 8, 1), (2, 256, 99): (32, 32, 8, 1),
               (4, 64): (32, 32, 8, 1), (4, 128): (32, 16, 8, 1), (4, 256): (16, 16, 4, 1)},
-    "key": {(2, 64): (64, 64, 4, 2), (2, 128): (32, 64, 4, 2), (2, 256): (32, 64, 8, 1),
+    "key": {(2, 64): (64, 64, 4, 2), (2, 128): (32, 64, 4, 2), (2, 256): (32, 64, 8, 1), (2, 256, 99): (32, 32, 8, 1),
             (4, 64): (32, 32, 4, 1), (4, 128): (16, 32, 8, 1), (4, 256): (16, 16, 4, 1)},
 }  # fmt: skip
 # Registers of a thread at most, where the compiler takes more by itself and none spill: for a fourth block.
@@ -77,7 +78,7 @@ def _tiles(kernel: str, q: Tensor, v: Tensor) -> tuple[dict[str, int], dict[str,
         return {"M": 16, "N": 16}, {}  # small inputs then have several tiles
     dim = max(64, power_of_2(max(q.shape[3], v.shape[3])))
     size = q.element_size()
-    rows, keys, warps, stages = TILES[kernel][size, dim]
+    rows, keys, warps, stages = entry(TILES[kernel], size, dim, q.device)
     options = {"num_warps": warps, "num_stages": stages, "maxnreg": REGISTERS.get((kernel, size, dim))}
     return {"M": rows, "N": keys}, options
 
