@@ -103,7 +103,7 @@ def run(spec: MixerSpec, dim: int, dtype: torch.dtype, groups: int) -> None:
         cos = torch.zeros(1, count, dim, dtype=dtype)
         return MixerInputs(*tokens, cos, cos, flags, flags)
 
-    if spec in SPECS:
+    if spec not in STEPS:
         y = mixer(inputs(TOKENS, torch.ones(1, TOKENS, dtype=torch.bool)))[0]
         y.sum().backward()
     with torch.no_grad():
@@ -158,7 +158,7 @@ def main() -> int:
     parser.add_argument("--groups", type=int, nargs="+", default=[4], help="query heads of a key head")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     a = parser.parse_args()
-    cases = [(*case, tuple(a.groups)) for case in itertools.product(a.capability, a.dtype, a.dim)]
+    cases = [(*sizes, tuple(a.groups)) for sizes in itertools.product(a.capability, a.dtype, a.dim)]
     with multiprocessing.get_context("spawn").Pool(a.jobs, maxtasksperchild=1) as pool:
         found = [need for part in pool.imap_unordered(case, cases, chunksize=1) for need in part]
     print(*table(found), sep="\n")

@@ -17,7 +17,8 @@ class Impl(str, Enum):
     """Implementation of a kernel: a run-time choice, never saved. The strings are taken for them everywhere.
 
     Attributes:
-        AUTO: Triton on CUDA, the reference elsewhere.
+        AUTO: Triton on CUDA, the reference elsewhere. By the kind of device only: what Triton does not take, a device
+            of a compute capability below 8.0 too, raises.
         TRITON: on CUDA; under TRITON_INTERPRET=1 also on a CPU.
         REFERENCE: plain PyTorch, on any device.
     """
