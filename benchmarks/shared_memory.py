@@ -2,7 +2,7 @@
 
 Triton compiles the kernels for each compute capability as they would be launched there, and says how many bytes a block
 takes. A block that takes more than the device has does not start (Triton's OutOfResources): then the exit status is 1.
-Nothing runs, and the last steps of the compiler, which do not change the number, are left out.
+Another version of Triton may need more or less: the table names it. Nothing runs, and the last steps of the compiler, which do not change the number, are left out.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def table(found: Sequence[Need]) -> Iterator[str]:
     """A line for each kernel, dtype and dim: KB by capability, with a mark where they are not there."""
     capabilities = sorted({need.capability for need in found})
     heads = "".join(f"{f'{c // 10}.{c % 10}':>9}" for c in capabilities)
-    yield f"{'KB a block, by compute capability':52}{heads}"
+    yield f"{f'KB a block, triton {triton.__version__}, compute capability':52}{heads}"
     yield f"{'  of which there are':52}" + "".join(f"{MEMORY[c]:9}" for c in capabilities)
     for name, group in itertools.groupby(sorted(found), lambda need: need[:3]):
         kernel, dtype, dim = name

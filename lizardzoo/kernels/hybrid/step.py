@@ -7,15 +7,18 @@ import torch
 from torch import Tensor
 
 from lizardzoo.kernels.gated_linear import ops as linear_ops
+from lizardzoo.kernels.gated_linear.tables import tile_of
 from lizardzoo.kernels.hybrid import triton_step
 from lizardzoo.kernels.hybrid.state import share
-from lizardzoo.kernels.launching import launch, power_of_2, prepared
+from lizardzoo.kernels.launching import entry, launch, power_of_2, prepared
 from lizardzoo.kernels.merge import add_log_scale, joint
 from lizardzoo.kernels.rotary.ops import rotate
 from lizardzoo.kernels.state import overwrite, overwriting, writable
 from lizardzoo.kernels.window import ops as window_ops
 
 OP = "hybrid_attention"
+# As the tables of gated linear attention. By 8 warps Triton 3.6 lays both halves of the memory out in shared memory.
+WARPS = {(2, 64): 8, (2, 128): 8, (2, 128, 99): 4, (4, 64): 8, (4, 128): 8}
 
 
 @prepared
@@ -45,7 +48,8 @@ def _launch(
         "ENTERS": 0 if log_input is None else log_input.shape[2], "LAG": lag > 0, "KEPT": kept_k.shape[1] > 0,
         **sizes._asdict(), "BD": width, "MAP": activation, "N": slots, "MORE": window > slots, "R": 16,
     }  # fmt: skip
-    launch(triton_step.step, (batch * kv_heads,), pointers, numbers, constants, num_warps=8)
+    warps = entry(WARPS, *tile_of(q, sizes.V, sizes.F))
+    launch(triton_step.step, (batch * kv_heads,), pointers, numbers, constants, num_warps=warps)
     return y, log_mass
 
 
