@@ -2,7 +2,8 @@
 
 Triton compiles the kernels for each compute capability as they would be launched there, and says how many bytes a block
 takes. A block that takes more than the device has does not start (Triton's OutOfResources): then the exit status is 1.
-Another version of Triton may need more or less: the table names it. Nothing runs, and the last steps of the compiler, which do not change the number, are left out.
+Another version of Triton may need more or less: the table names it. Nothing runs, and the last steps of the compiler,
+which do not change the number, are left out.
 """
 
 from __future__ import annotations
