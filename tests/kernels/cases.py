@@ -1,13 +1,20 @@
-"""What both kernels' tests share: comparing outputs and gradients with an oracle's."""
+"""What the kernels' tests share: comparing outputs and gradients with an oracle's, and scripts that compile."""
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+TRITON = importlib.util.find_spec("triton") is not None  # before a test puts another in its place
 
 
 def error(actual: Tensor, expected: Tensor, scale: float = 0.0) -> float:
@@ -84,3 +91,15 @@ def poison(patch: pytest.MonkeyPatch) -> None:
 
     patch.setattr(torch, "empty", lambda *a, **k: poisoned(empty(*a, **k)))
     patch.setattr(torch, "empty_like", lambda *a, **k: poisoned(empty_like(*a, **k)))
+
+
+def run_compiling(code: str) -> None:
+    """Run a script in a process of its own where Triton compiles and does not interpret; it finds the benchmarks."""
+    if not TRITON:
+        pytest.skip("triton is not installed")
+    root = Path(__file__).parents[2]
+    path = os.pathsep.join([str(root), str(root / "benchmarks"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lizardzoo.kernels.launching import forget, launch, prepared, program
+from tests.kernels.cases import run_compiling
 
 STREAM = 77
-TRITON = importlib.util.find_spec("triton") is not None
 
 
 class Compiled:
@@ -283,13 +279,4 @@ assert forms(length=16) == (plain, three)
 
 def test_triton_itself_takes_the_forms_that_it_would_take() -> None:
     """Its compiler for Hopper, its choice of forms, and a launcher that notes which one it is given."""
-    if not TRITON:
-        pytest.skip("triton is not installed")
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(root / "benchmarks"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    result = subprocess.run(
-        [sys.executable, "-c", REAL], env=environment, capture_output=True, text=True, check=False
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_compiling(REAL)

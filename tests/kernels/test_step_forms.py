@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
-import pytest
+from tests.kernels.cases import run_compiling
 
 STEPS = """
 import torch
@@ -57,13 +51,4 @@ for kind, kernel in KERNELS.items():
 
 def test_a_turn_costs_no_launch_and_no_size_or_turn_compiles_a_step_again() -> None:
     """Two forms of each step's kernel, with a turn of the kept keys and without, serve all windows and batches."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(root / "benchmarks"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    result = subprocess.run(
-        [sys.executable, "-c", STEPS], env=environment, capture_output=True, text=True, check=False
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_compiling(STEPS)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +11,7 @@ import torch
 from lizardzoo import LizardzooError
 from lizardzoo.kernels.gated_linear import tables
 from lizardzoo.kernels.launching import device, entry, launch, prepared, program, shared_memory, table_key
+from tests.kernels.cases import run_compiling
 
 CPU = torch.device("cpu")
 
@@ -114,13 +110,4 @@ assert max(need.shared for need in found) > 64 << 10, "nothing here would show t
 
 def test_the_largest_tiles_fit_a_device_of_99_kb() -> None:
     """Compiled for capability 8.6 without such a device; `benchmarks/shared_memory.py` does it for all sizes."""
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("triton is not installed")
-    root = Path(__file__).parents[2]
-    path = os.pathsep.join([str(root), str(root / "benchmarks"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
-    result = subprocess.run(
-        [sys.executable, "-c", FITS], env=environment, capture_output=True, text=True, check=False
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_compiling(FITS)
