@@ -14,6 +14,8 @@ from lizardzoo.hub.weights import file_hash
 
 ELSEWHERE = ("teacher", "folder", "as_json", "device")
 """Options of `eval` that another machine has its own values for."""
+FILES = ("texts", "filler", "tasks", "few_shot_from")
+"""Options that name files; some versions of typer hold them as strings here."""
 PACKAGES = ("lizardzoo", "torch", "transformers")
 
 
@@ -39,10 +41,10 @@ def run_record(ctx: Any, models: Mapping[str, Any], begun: float) -> dict[str, A
             arguments.append(parameter.opts[0] if value else parameter.secondary_opts[0])
             continue
         for each in value if isinstance(value, (list, tuple)) else [value]:
-            named = [Path(part) for part in each.split(",")] if parameter.name == "tasks" else [each]
-            found = [part for part in named if isinstance(part, Path) and part.exists()]
-            files |= {path.name: file_hash(path) for path in found if path.is_file()}
-            words = [part.name if part in found else _text(part) for part in named]
+            parts = each.split(",") if parameter.name == "tasks" else [each]
+            found = {part: Path(part) for part in parts if parameter.name in FILES and Path(part).exists()}
+            files |= {path.name: file_hash(path) for path in found.values() if path.is_file()}
+            words = [found[part].name if part in found else _text(part) for part in parts]
             arguments += [max(parameter.opts, key=len), ",".join(words)]
     return {
         "arguments": arguments,

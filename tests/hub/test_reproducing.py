@@ -84,6 +84,24 @@ def test_a_report_says_what_it_was_asked_and_nothing_of_the_machine(
         assert again[part] == first[part] != {}
 
 
+def test_files_are_known_by_their_options_also_where_typer_holds_them_as_strings(student: Path, tmp_path: Path) -> None:
+    """As some versions of it do in lists."""
+    import click
+
+    from lizardzoo.cli.record import run_record
+
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    command = click.Command(
+        "eval", params=[click.Option(["--text", "texts"], multiple=True), click.Option(["--tasks"])]
+    )
+    record = run_record(
+        command.make_context("eval", ["--text", str(text)]), {"student": lz.from_pretrained(student)}, 0
+    )
+    assert record["arguments"] == ["--text", "text.txt"]
+    assert record["files"] == {"text.txt": hashlib.sha256(text.read_bytes()).hexdigest()}
+
+
 def test_retrieval_goes_alone_with_a_text_to_put_the_facts_into(
     student: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:
