@@ -139,7 +139,9 @@ def plot(run: dict[str, Any], path: Path) -> None:
 
     key = compared(run["decode"])
     entries = [entry for entry in run["decode"] if key in entry]
-    figure, panels = pyplot.subplots(1, 3, figsize=(15, 4.4), layout="constrained")
+    marks = run.get("long", {}).get("marks", [])
+    count = 3 if marks else 2
+    figure, panels = pyplot.subplots(1, count, figsize=(5 * count, 4.4), layout="constrained")
     styles = dict(zip(dict.fromkeys(entry["batch"] for entry in entries), ("-", "--", ":", "-.")))
     for name, batch in dict.fromkeys((entry["contender"], entry["batch"]) for entry in entries):
         here = [entry for entry in entries if (entry["contender"], entry["batch"]) == (name, batch)]
@@ -157,7 +159,8 @@ def plot(run: dict[str, Any], path: Path) -> None:
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0].legend(fontsize=8)
-    _plot_long(panels[2], run.get("long", {}).get("marks", []))
+    if marks:
+        _plot_long(panels[2], marks)
     figure.suptitle(f"Generating: {run['model']['name']}, {named(run['machine'])}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
@@ -166,8 +169,6 @@ def plot(run: dict[str, Any], path: Path) -> None:
 
 def _plot_long(panel: Any, marks: Sequence[dict[str, Any]]) -> None:
     panel.set(title="the student's long text", xlabel="tokens so far", ylabel="ms a token")
-    if not marks:
-        return
     tokens = [mark["tokens"] for mark in marks]
     panel.plot(tokens, [mark["ms"] for mark in marks], color=COLORS["student"], marker="o", markersize=3)
     panel.set_ylim(bottom=0)
