@@ -73,6 +73,23 @@ def test_examples_stand_before_the_question_and_are_never_itself(sums, schemas):
     assert one == list(prompts(questions, 2)) != other
 
 
+def test_a_question_that_stands_there_twice_is_no_example_for_itself(tmp_path):
+    """Of two subjects in turn; and what is drawn is drawn from all others."""
+    names = ["law", "art"] * 8
+    rows = [{"subject": s, "query": f"Q{i % 6}", "choices": ["A", "B"], "gold": 0} for i, s in enumerate(names)]
+    questions = read_questions(write(tmp_path / "twice.jsonl", rows))
+    drawn = set()
+    for question, (text,) in zip(questions, prompts(questions, 3)):
+        examples = text.split("\n\n")[1:-1]
+        others = [one.solved for one in questions if one.subject == question.subject and one != question]
+        assert all(examples.count(example) <= others.count(example) for example in examples)
+        assert len(examples) == 3
+        drawn |= {(question.subject, *question.contexts, example) for example in examples}
+    assert len(drawn) > 10  # of 2 subjects x 3 questions x 2 others there are 12
+    with pytest.raises(LizardzooError, match="there are 5 examples about law, fewer than the 6"):
+        list(prompts(questions, 6))
+
+
 def test_questions_with_a_subject_are_asked_as_mmlu_asks(tmp_path):
     def row(subject, i, gold):
         return {"subject": subject, "query": f"Q{subject}{i}\nAnswer:", "choices": ["A", "B"], "gold": gold}

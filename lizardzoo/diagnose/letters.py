@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,8 +50,8 @@ def answered(
     letters = rows[0].continuations
     if other := next((row.continuations for row in rows if row.continuations != letters or len(letters) < 2), None):
         raise LizardzooError(
-            f"{os.fspath(questions)} has questions answered with {letters} and with {other}; whether answers collapse "
-            f"can be told only where all have the same ones, such as A, B, C and D"
+            f"{os.fspath(questions)} has questions answered with {list(letters)} and with {list(other)}; whether "
+            f"answers collapse can be told only where all have the same ones, such as A, B, C and D"
         )
     texts = list(prompts(rows, few_shot, None if examples is None else read_questions(examples)))
     count = len(rows) if limit is None else min(limit, len(rows))
@@ -71,7 +72,7 @@ def answered(
     return Letters(count, every[0], every[1], None if teacher is None else every[2])
 
 
-def _answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, letters: list[str]) -> int:
+def _answer(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, letters: Sequence[str]) -> int:
     """The likeliest of the letters: of the first tokens in which the prompt with one differs from that with another."""
     wholes = [tokenizer(f"{prompt} {letter}")["input_ids"] for letter in letters]
     alike = next(i for i, tokens in enumerate(zip(*wholes)) if len(set(tokens)) > 1)  # a blank may be its own token

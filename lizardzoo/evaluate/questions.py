@@ -27,7 +27,8 @@ SUFFIXES = (".jsonl", ".jsonl.gz")
 FORM = '"query" and "choices", or "contexts" and "target", and "gold"'
 HEADING = "The following are multiple choice questions (with answers) about {subject}.\n\n"
 
-# What lm-eval is told; the examples are in the rows already. A task of contexts names the gold index as its text.
+# What lm-eval is told; the examples are in the rows already. Fields by their names: a template is compiled anew for
+# each row, which took half of its time. A task of contexts names the gold index as its text.
 TASK = """task: {name}
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
@@ -39,16 +40,16 @@ metric_list:
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
   - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
 """
-OF_CHOICES = 'doc_to_text: "{{prompt}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: gold'
-OF_CONTEXTS = 'doc_to_text: gold\ndoc_to_choice: "{{prompts}}"\ndoc_to_target: "{{target}}"'
+OF_CHOICES = "doc_to_text: prompt\ndoc_to_choice: choices\ndoc_to_target: gold"
+OF_CONTEXTS = "doc_to_text: gold\ndoc_to_choice: prompts\ndoc_to_target: target"
 
 
 @dataclass(frozen=True)
 class Question:
-    """One row: the texts before the answer and the answers; either the one or the other is a list of one."""
+    """One row: the texts before the answer and the answers; there is one of the former or one of the latter."""
 
-    contexts: list[str]
-    continuations: list[str]
+    contexts: tuple[str, ...]
+    continuations: tuple[str, ...]
     gold: int
     subject: str | None
 
@@ -94,18 +95,33 @@ def prompts(
     """
     if few_shot < 0:
         raise LizardzooError(f"few_shot must be at least 0, got {few_shot}")
+    pools: dict[str | None, list[Question]] = {}
+    places: dict[Question, list[int]] = {}  # of a question in the pool of its subject: it is no example for itself
+    for one in examples or questions:
+        pool = pools.setdefault(one.subject, [])
+        places.setdefault(one, []).append(len(pool))
+        pool.append(one)
     for index, question in enumerate(questions):
-        pool = [one for one in examples or questions if one.subject == question.subject and one != question]
-        if len(pool) < few_shot:
+        pool, own = pools.get(question.subject, []), places.get(question, [])
+        count = len(pool) - len(own)
+        if count < few_shot:
             about = "" if question.subject is None else f" about {question.subject}"
             raise LizardzooError(
-                f"there are {len(pool)} examples{about}, fewer than the {few_shot} asked for; "
+                f"there are {count} examples{about}, fewer than the {few_shot} asked for; "
                 f"give a file with more of them, or a smaller few_shot"
             )
-        chosen = pool[:few_shot] if examples is not None else random.Random(f"{seed} {index}").sample(pool, few_shot)
+        first = range(few_shot)
+        picks = first if examples is not None else random.Random(f"{seed} {index}").sample(range(count), few_shot)
         before = "" if question.subject is None else HEADING.format(subject=question.subject.replace("_", " "))
-        before += "".join(f"{one.solved}\n\n" for one in chosen)
+        before += "".join(f"{pool[_past(pick, own)].solved}\n\n" for pick in picks)
         yield [before + context for context in question.contexts]
+
+
+def _past(number: int, left_out: Sequence[int]) -> int:
+    """The place of the number-th of those that are left; `left_out` ascends."""
+    for place in left_out:
+        number += place <= number
+    return number
 
 
 def question_tasks(
@@ -176,7 +192,9 @@ def _question(row: Any, where: str) -> Question:
         if _texts(contexts) and _texts(continuations):
             count = max(len(contexts), len(continuations))
             if count > 1 and isinstance(gold, int) and not isinstance(gold, bool) and 0 <= gold < count:
-                return Question(contexts, continuations, gold, subject if isinstance(subject, str) else None)
+                return Question(
+                    tuple(contexts), tuple(continuations), gold, subject if isinstance(subject, str) else None
+                )
     given = ", ".join(map(str, fields)) or repr(row)
     raise LizardzooError(f"{where}: expected {FORM} (an index from 0), got {given}")
 
