@@ -37,7 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, nargs=2, default=[200, 250], help="of stage 1 and of stage 2")
     parser.add_argument("--batch", type=int, default=16, help="sequences a step")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens in a training sequence")
-    parser.add_argument("--micro-batch", type=int, help="sequences per forward pass")
+    parser.add_argument("--micro-batch", type=int, help="sequences per forward pass, where sizes are chosen too")
     parser.add_argument("--distances", type=int, nargs="*", default=[], help="also retrieval, in the first text")
     parser.add_argument("--questions", type=Path, nargs="*", default=[], help="also these files of questions")
     parser.add_argument("--few-shot", type=int, default=0)

@@ -17,7 +17,7 @@ import torch
 from compare_report import EDGES
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from variants import Variant, shape_of
+from variants import BY_NAME, Variant, shape_of
 
 import lizardzoo as lz
 from lizardzoo import evaluate
@@ -27,7 +27,7 @@ from lizardzoo.smollm2 import load_teacher
 
 STAGES = ("start", "transfer", "finetune")
 RANKED = "hybrid"
-"""The variant whose first stage ranks the layers for those that keep softmax; for those made of `heavy`, that one."""
+"""The variant that ranks the layers for those that keep softmax in some; for those made of `heavy`, that one."""
 OCTAVES = {"window": 2, "heavy": 3}
 """How often a size is halved and doubled where it is shared out."""
 CALIBRATION, RANKING = 4, 16
@@ -69,6 +69,7 @@ class Comparison:
         self.arguments, self.results = arguments, results
         self.out: Path = arguments.out
         self.stages = STAGES[: 1 + arguments.stages]
+        self.batch_size = arguments.micro_batch or 4
         dtype = getattr(torch, arguments.dtype)
         if arguments.teacher is None:
             self.teacher, self.tokenizer = load_teacher(dtype)
@@ -158,8 +159,8 @@ class Comparison:
             keep = min(MOST_KEPT, self.teacher.config.num_hidden_layers)
             ids, answers = self.asked()
             found = lz.select_layers(
-                model, ids, keep, layers=variant.spec_for(self.teacher), teacher=self.teacher, weights=answers,
-                greedy=True, batch_size=4,
+                model, ids, keep, layers=BY_NAME[base].spec_for(self.teacher), teacher=self.teacher,
+                weights=answers, greedy=True, batch_size=self.batch_size,
             )  # fmt: skip
             values[base] = {"of": of, **found.to_dict()}
             self.results.save()
@@ -183,7 +184,8 @@ class Comparison:
             ids, weights = self.asked(variant.by_recall) if variant.by_recall else (self.ranking_text, None)
             found = lz.select_windows(
                 model, ids, layers=layers, teacher=self.teacher, weights=weights, field=variant.share,
-                octaves=max(OCTAVES[field] for field in variant.share), rounds=variant.rounds, batch_size=4,
+                octaves=max(OCTAVES[field] for field in variant.share), rounds=variant.rounds,
+                batch_size=self.batch_size,
             )  # fmt: skip
             values[variant.name] = {"of": of, **found.to_dict()}
             self.results.save()

@@ -26,10 +26,8 @@ from triton.backends.nvidia import compiler
 
 from lizardzoo.config import MixerSpec
 from lizardzoo.errors import LizardzooError
-from lizardzoo.kernels.gated_linear.ops import MAX_SIZE
 from lizardzoo.kernels.launching import device, forget
 from lizardzoo.mixers import AttentionShape, GatedLinear, Heavy, Hybrid, MixerInputs, Window
-from lizardzoo.mixers.branches import LinearFields
 
 MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KB that a block may have, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
@@ -131,11 +129,10 @@ def needs(
 
 
 def case(arguments: tuple[int, str, int, tuple[int, ...]]) -> list[Need]:
-    """`needs` of all mixers that Triton takes at this size; in a process of its own."""
+    """`needs` of all mixers at this size; in a process of its own."""
     capability, dtype, dim, groups = arguments
-    specs = [spec for spec in (*SPECS, *STEPS) if dim <= MAX_SIZE or not isinstance(spec, LinearFields)]
     with tempfile.TemporaryDirectory() as folder:
-        return needs(prepare(folder), capability, dtype, dim, specs, groups)
+        return needs(prepare(folder), capability, dtype, dim, (*SPECS, *STEPS), groups)
 
 
 def table(found: Sequence[Need]) -> Iterator[str]:

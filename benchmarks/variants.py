@@ -199,3 +199,5 @@ VARIANTS: list[Variant] = [
         for count in (1, 2, 4, 8)
     ),
 ]
+
+BY_NAME = {variant.name: variant for variant in VARIANTS}

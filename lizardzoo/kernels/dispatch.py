@@ -30,8 +30,8 @@ class Impl(str, Enum):
 
 TRITON_SIZES = {
     "window_attention": (256, False),
-    "gated_linear_attention": (128, True),
-    "hybrid_attention": (128, True),
+    "gated_linear_attention": (256, True),
+    "hybrid_attention": (256, True),
     "token_gates": (128, False),
     "heavy_attention": (256, False),
     "window_and_heavy_attention": (256, False),

@@ -163,7 +163,11 @@ def test_gates_of_any_sharing(heads: tuple[int | None, int | None]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("dim", "features"), [(32, 32), (16, 64), (48, 80), (80, 48), (96, 112), (128, 64), (64, 128), (128, 128)]
+    ("dim", "features"),
+    [
+        *((32, 32), (16, 64), (48, 80), (80, 48), (96, 112), (128, 64), (64, 128), (128, 128)),
+        *((256, 64), (192, 128), (64, 256), (256, 256)),  # in slabs
+    ],
 )
 def test_head_and_feature_dims(dim: int, features: int, dtype: torch.dtype) -> None:
     assert_within_budget(draw(200, dim=dim, features=features), dtype, lag=20)

@@ -17,7 +17,7 @@ from tests.kernels.test_rotary import tables
 pytestmark = pytest.mark.gpu
 FLOOR = {torch.bfloat16: 2e-3, torch.float16: 3e-4, torch.float32: 3e-6}
 SHAPES = [
-    AttentionShape(hidden_size=384, heads=6, kv_heads=2, head_dim=dim, scale=dim**-0.5) for dim in (64, 128)
+    AttentionShape(hidden_size=384, heads=6, kv_heads=2, head_dim=dim, scale=dim**-0.5) for dim in (64, 128, 256)
 ]  # the heads of test_hybrid_triton: their kernels are compiled once
 
 
@@ -55,8 +55,13 @@ def outputs(mixer: Any, inputs: MixerInputs) -> list[Tensor]:
 @pytest.mark.parametrize("dtype", FLOOR, ids=str)
 @pytest.mark.parametrize(
     ("spec", "shape"),
-    [(Hybrid(), SHAPES[0]), (Hybrid(), SHAPES[1]), (Hybrid(disjoint=False, sinks=2, feature_rope=True), SHAPES[0])],
-    ids=["default", "128", "overlapping"],
+    [
+        (Hybrid(), SHAPES[0]),
+        (Hybrid(), SHAPES[1]),
+        (Hybrid(feature_dim=64), SHAPES[2]),
+        (Hybrid(disjoint=False, sinks=2, feature_rope=True), SHAPES[0]),
+    ],
+    ids=["default", "128", "256", "overlapping"],
 )
 def test_triton_errs_at_most_twice_as_much_as_the_reference(
     spec: Hybrid, shape: AttentionShape, dtype: torch.dtype
@@ -94,9 +99,10 @@ def test_cached_steps_equal_the_full_forward(spec: Hybrid) -> None:
     assert (steps[:, last].double() - exact[:, last]).norm() <= 1e-2 * exact[:, last].norm()
 
 
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=["64", "256"])
 @torch.no_grad()
-def test_a_step_in_a_graph_is_the_step() -> None:
-    inputs, mixer = draw(200), make(Hybrid(window=64))
+def test_a_step_in_a_graph_is_the_step(shape: AttentionShape) -> None:
+    inputs, mixer = draw(200, shape), make(Hybrid(window=64, feature_dim=64), shape)
     _, state = mixer(inputs.tokens(0, 100), need_state=True)
     held, start = map_state(torch.clone, state), map_state(torch.clone, state)
     token = inputs.tokens(100, 101).each(torch.clone)

@@ -196,6 +196,12 @@ def test_any_length_in_any_dtype(length: int, dim: int, dtype: torch.dtype) -> N
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 65, 500])
+def test_heads_wider_than_a_tile(length: int, dtype: torch.dtype) -> None:
+    assert_within_budget(balanced(draw(length, dim=256), disjoint()), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("window", [1, 64, 100, 128, 256, 5000])
 def test_any_window(window: int, dtype: torch.dtype) -> None:
     assert_within_budget(balanced(draw(700), disjoint(window)), dtype, window)

@@ -12,18 +12,18 @@ from torch import Tensor
 from lizardzoo.errors import LizardzooError
 from lizardzoo.kernels.dispatch import even_sizes
 from lizardzoo.kernels.features import FeatureMap
-from lizardzoo.kernels.gated_linear import launch, triton_step
+from lizardzoo.kernels.gated_linear import launch, triton_step, wide
 from lizardzoo.kernels.gated_linear.launch import NEG_INF, Gradients, Inputs, Launch
 from lizardzoo.kernels.gated_linear.state import next_state
-from lizardzoo.kernels.gated_linear.tables import tile_of
+from lizardzoo.kernels.gated_linear.tables import widest
 from lizardzoo.kernels.launching import eager, power_of_2, prepared
 from lizardzoo.kernels.launching import launch as start
 from lizardzoo.kernels.rows import Rows, arrange, unroll
-from lizardzoo.kernels.state import overwriting, writable
+from lizardzoo.kernels.state import overwrite, overwriting, writable
 
 OP = "gated_linear_attention"
-MAX_SIZE = 128
-"""Of head_dim and of a half's features: larger tiles do not fit a multiprocessor's shared memory."""
+MAX_SIZE = 256
+"""Of head_dim and of a half's features; what is wider than a tile takes several calls of the kernels, see `wide`."""
 SIGNATURE = (
     "Tensor q, Tensor k, Tensor v, Tensor? log_decay, Tensor? log_input, Tensor? allowed, Tensor? document,"
     " Tensor? query_map, Tensor? key_map, Tensor? kv, Tensor? norm, Tensor? scale, str activation, SymInt lag,"
@@ -182,6 +182,24 @@ def gated_linear(*inputs: Any) -> tuple[Tensor, ...]:
     return operator(*inputs) if torch.compiler.is_compiling() else _eager(*inputs)
 
 
+def is_wide(q: Tensor, v: Tensor, feature_map: FeatureMap | None) -> bool:
+    """Whether it takes several calls of the kernels."""
+    return max(sizes_of(q, v, feature_map)) > widest(q)
+
+
+def sizes_of(q: Tensor, v: Tensor, feature_map: FeatureMap | None) -> tuple[int, int, int]:
+    """head_dim, that of the values, and a half's features."""
+    return q.shape[3], v.shape[3], q.shape[3] if feature_map is None else feature_map.key.shape[2]
+
+
+def attend(inputs: Inputs) -> Sequence[Tensor]:
+    """y, log_mass, and the last memory: kv, norm, scale."""
+    half = 0 if inputs.key_map is None else inputs.key_map.shape[2]
+    if max(inputs.q.shape[3], inputs.v.shape[3], half) > widest(inputs.q):
+        return wide.in_slabs(gated_linear, inputs, widest)
+    return gated_linear(*inputs)[:5]
+
+
 class Prepared(NamedTuple):
     """A call's inputs for the kernels, how its rows were packed (None: they were not), and what waits behind it."""
 
@@ -235,7 +253,7 @@ def chunked(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts,
     """All tokens of a sequence; see `lizardzoo.kernels.gated_linear.gated_linear_attention`."""
     check(OP, q, v, feature_map, state)
     prepared = prepare(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts, state)
-    y, log_mass, kv, norm, scale = gated_linear(*prepared.inputs)[:5]
+    y, log_mass, kv, norm, scale = attend(prepared.inputs)
     memory, tokens = (kv, norm, scale), prepared.tokens
     new_state = next_state(memory, *tokens, prepared.rows, state, lag) if return_state else None  # type: ignore[call-arg]
     return *prepared.unpack(y, log_mass), new_state
@@ -261,7 +279,6 @@ class StepSizes(NamedTuple):
         """For q [B, 1, H, D], v [B, 1, Hkv, V] and the memory kv [B, Hs, 2F, V]."""
         dim, value_dim, features = q.shape[3], v.shape[3], kv.shape[2]
         half = -(-features // 2)
-        tile_of(q, value_dim, half)  # for what it refuses
         groups = q.shape[2] // kv.shape[1]
         rows = 1 << (groups - 1).bit_length()
         depth = max(1, min(power_of_2(dim), 16384 // (rows * power_of_2(half))))
@@ -321,9 +338,11 @@ def step(q, k, v, log_decay, log_input, feature_map, skip, mask, state, in_place
     check(OP, q, v, feature_map, state)
     maps = (None, None) if feature_map is None else (feature_map.query, feature_map.key)
     inputs = (q, k, v, log_decay, log_input, *maps)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, *state[:7])):
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, *state[:7]))
+    if learns or is_wide(q, v, feature_map):
         lag = state.k.shape[1]
-        return chunked(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, None, state, True)
+        y, log_mass, new = chunked(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, None, state, True)
+        return y, log_mass, overwrite(state, new) if in_place else new
     activation = "none" if feature_map is None else feature_map.activation
     log_decay, log_input = (None if x is None else x.float() for x in (log_decay, log_input))
     inputs = (q, k, v, log_decay, log_input, *maps, mask)
@@ -335,10 +354,9 @@ def step(q, k, v, log_decay, log_input, feature_map, skip, mask, state, in_place
 
 def check(op: str, q: Tensor, v: Tensor, feature_map: FeatureMap | None, state: Any) -> None:
     """What the kernels do not do; `op` is named."""
-    features = q.shape[3] if feature_map is None else feature_map.key.shape[2]
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise LizardzooError(f"{op}: triton takes float32, bfloat16 and float16, got {q.dtype}; pass impl='reference'")
-    sizes = (q.shape[3], v.shape[3], features)
+    sizes = sizes_of(q, v, feature_map)
     # On a device only what tests/gpu has seen right: with 20 features in bf16, code that Triton 3.6 compiles leaves
     # shared memory (compute-sanitizer), or is wrong.
     odd = q.is_cuda and not even_sizes(sizes)

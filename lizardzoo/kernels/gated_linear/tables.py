@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lizardzoo.errors import LizardzooError
 from lizardzoo.kernels.launching import entry, power_of_2, shared_memory
 
 PROGRAMS = 1024
@@ -40,17 +39,22 @@ LAUNCHES: dict[str, dict[tuple[int, ...], tuple[int, int, int | None]]] = {
 SCANS = {128: (1024, 4), 32: (256, 4), 0: (128, 8)}
 
 
+def widest(q: Tensor) -> int:
+    """The largest head_dim, width of values and number of a half's features of one call: what a block can hold.
+
+    A map, or a half of the state, has as many numbers as two of these; with fp32 they are 64 KB at 128. See `wide`.
+    """
+    return 64 if _bytes(q) == 4 and shared_memory(q.device) < 163 else 128
+
+
 def tile_of(q: Tensor, value_dim: int, half: int) -> tuple[int, int, torch.device]:
-    """What tables are asked for: bytes of an operand, size up to, device; raises where no tile of it fits."""
-    size = 2 if q.dtype == torch.bfloat16 else 4  # fp16 does not have the range of weights
-    dim, memory = power_of_2(max(64, q.shape[3], half, value_dim)), shared_memory(q.device)
-    if size == 4 and dim > 64 and memory < 163:  # a map or a state alone is 64 KB, and kernels hold more beside it
-        raise LizardzooError(
-            f"gated linear attention: with {memory} KB of shared memory a block, as this device has, triton takes "
-            f"{str(q.dtype).removeprefix('torch.')} with head_dim and feature_dim up to 64, got {q.shape[3]}, "
-            f"{value_dim} and {half}; cast to bfloat16, or pass impl='reference' (in a model: mixer.impl = 'reference')"
-        )
-    return size, dim, q.device
+    """What tables are asked for: bytes of an operand, size up to, device."""
+    return _bytes(q), power_of_2(max(64, q.shape[3], half, value_dim)), q.device
+
+
+def _bytes(q: Tensor) -> int:
+    """Of a number in a product; fp16 does not have the range of weights."""
+    return 2 if q.dtype == torch.bfloat16 else 4
 
 
 def chunk_size(size: int, dim: int, device: torch.device) -> int:

@@ -17,6 +17,7 @@ from lizardzoo.kernels.gated_linear import launch
 from lizardzoo.kernels.gated_linear import ops as gated_linear
 from lizardzoo.kernels.gated_linear.launch import Gradients, Inputs
 from lizardzoo.kernels.gated_linear.state import next_state as next_linear_state
+from lizardzoo.kernels.hybrid import composed
 from lizardzoo.kernels.hybrid.state import share
 from lizardzoo.kernels.hybrid.step import OP, step
 from lizardzoo.kernels.launching import eager, prepared, unit_stride
@@ -165,6 +166,11 @@ def chunked(
     """All tokens of a sequence; see `lizardzoo.kernels.hybrid.hybrid_attention`."""
     near, far = (None, None) if state is None else state
     gated_linear.check(OP, q, v, feature_map, far)
+    if gated_linear.is_wide(q, v, feature_map):
+        return composed.chunked(
+            window_ops, gated_linear, q, k, v, log_decay, rotated, log_input, log_scale, feature_map, window, keep, lag,
+            skip, sinks, scale, mask, starts, state, return_state,
+        )  # fmt: skip
     prepared = gated_linear.prepare(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts, far)
     rows, (_, values, _, _) = prepared.rows, prepared.tokens
     near_q, near_k = rotated

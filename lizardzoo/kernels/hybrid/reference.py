@@ -1,46 +1,13 @@
 """Hybrid attention as the composition of its branches' references."""
 
-# mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+from functools import partial
+
 from lizardzoo.kernels.gated_linear import reference as linear_reference
-from lizardzoo.kernels.hybrid.state import share
-from lizardzoo.kernels.merge import add_log_scale, joint
-from lizardzoo.kernels.rotary.reference import rotate
-from lizardzoo.kernels.state import overwrite
+from lizardzoo.kernels.hybrid import composed
+from lizardzoo.kernels.rotary import reference as rotary_reference
 from lizardzoo.kernels.window import reference as window_reference
 
-
-def chunked(
-    q, k, v, log_decay, rotated, log_input, log_scale, feature_map, window, keep, lag, skip, sinks, scale, mask, starts,
-    state, return_state,
-):  # fmt: skip
-    """All tokens of a sequence; see `lizardzoo.kernels.hybrid.hybrid_attention`."""
-    near_q, near_k = rotated
-    *near, window_state = window_reference.chunked(
-        near_q, near_k, v, window, keep, sinks, scale, mask, starts, state and state.window, return_state
-    )
-    *far, linear_state = linear_reference.chunked(
-        q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts, state and state.linear, return_state
-    )
-    new = share(window_state, linear_state, near_k is k) if return_state else None
-    return *_merge(near, far, log_scale, mask, q.dtype), new
-
-
-def step(
-    q, k, v, log_decay, rotated, rope, log_input, log_scale, feature_map, keep, skip, sinks, scale, mask, turn, state,
-    in_place,
-):  # fmt: skip
-    """One token; see `lizardzoo.kernels.hybrid.hybrid_attention_step`."""
-    near_q, near_k = rotated if rope is None else rotate(q, k, *rope)
-    *near, window_state = window_reference.step(near_q, near_k, v, keep, sinks, scale, mask, turn, state.window, False)
-    *far, linear_state = linear_reference.step(
-        q, k, v, log_decay, log_input, feature_map, skip, mask, state.linear, False
-    )
-    new = share(window_state, linear_state, near_k is k)
-    return *_merge(near, far, log_scale, mask, q.dtype), overwrite(state, new) if in_place else new
-
-
-def _merge(near, far, log_scale, mask, dtype):
-    y, log_mass = joint([near, (far[0], add_log_scale(far[1], log_scale, mask))])
-    return y.to(dtype), log_mass
+chunked = partial(composed.chunked, window_reference, linear_reference)
+step = partial(composed.step, window_reference, linear_reference, rotary_reference)

@@ -8,12 +8,10 @@ from torch import Tensor
 
 from lizardzoo.kernels.gated_linear import ops as linear_ops
 from lizardzoo.kernels.gated_linear.tables import tile_of
-from lizardzoo.kernels.hybrid import triton_step
-from lizardzoo.kernels.hybrid.state import share
+from lizardzoo.kernels.hybrid import composed, triton_step
 from lizardzoo.kernels.launching import entry, launch, power_of_2, prepared
-from lizardzoo.kernels.merge import add_log_scale, joint
-from lizardzoo.kernels.rotary.ops import rotate
-from lizardzoo.kernels.state import overwrite, overwriting, writable
+from lizardzoo.kernels.rotary import ops as rotary_ops
+from lizardzoo.kernels.state import overwriting, writable
 from lizardzoo.kernels.window import ops as window_ops
 
 OP = "hybrid_attention"
@@ -96,18 +94,15 @@ def step(
     window, linear = state
     near_q, near_k = (q, k) if rotated is None else rotated
     cos, sin = (None, None) if rope is None else rope
-    lag, same_keys = linear.k.shape[1], rope is None and near_k is k
+    lag = linear.k.shape[1]
     inputs = (q, k, v, near_q, near_k, log_decay, log_input, log_scale, *(feature_map or ())[:2], sinks)
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (*inputs, *window, *linear))
-    if learns or not _fits(k, log_input, feature_map, state):
-        if rope is not None:
-            near_q, near_k = rotate(q, k, *rope)
-        *near, window = window_ops.step(near_q, near_k, v, keep, sinks, scale, mask, turn, window, False)
-        *far, linear = linear_ops.step(q, k, v, log_decay, log_input, feature_map, skip, mask, linear, False)
-        y, log_mass = joint([near, (far[0], add_log_scale(far[1], log_scale, mask))])
-        new = share(window, linear, same_keys)
-        return y.to(q.dtype), log_mass, overwrite(state, new) if in_place else new
     linear_ops.check(OP, q, v, feature_map, linear)
+    if learns or linear_ops.is_wide(q, v, feature_map) or not _fits(k, log_input, feature_map, state):
+        return composed.step(
+            window_ops, linear_ops, rotary_ops, q, k, v, log_decay, rotated, rope, log_input, log_scale, feature_map,
+            keep, skip, sinks, scale, mask, turn, state, in_place,
+        )  # fmt: skip
     state = writable(OP, state, in_place)
     window, linear = state
     gates = (None if x is None else x.float() for x in (log_decay, log_input, log_scale))
