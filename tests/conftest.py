@@ -4,6 +4,7 @@
 """
 
 import gc
+import importlib
 import os
 import shutil
 import subprocess
@@ -85,7 +86,7 @@ def _seed() -> None:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of 300 words, learnt from this file alone; any text goes there and back."""
+    """A byte-level BPE tokenizer of 300 words, learnt from the licence alone; any text goes there and back."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
@@ -95,7 +96,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(Path(__file__).read_text(encoding="utf-8").splitlines(), trainer)
+    prose = Path(__file__).parents[1] / "LICENSE"  # a text that nobody edits
+    tokenizer.train_from_iterator(prose.read_text(encoding="utf-8").splitlines(), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,
@@ -172,3 +174,14 @@ def smollm2() -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     from lizardzoo.smollm2 import load_teacher
 
     return load_teacher()
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a module of benchmarks/ as a script there finds its neighbours; all of them are forgotten afterwards."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    yield importlib.import_module
+    for name, module in list(sys.modules.items()):
+        if Path(getattr(module, "__file__", None) or "").parent == folder:
+            del sys.modules[name]

@@ -1,26 +1,16 @@
 """The benchmark of one layer: what is wrong is never timed, and its tables are its figures."""
 
 import json
-import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MODULES = ("bench_attention", "compile_peers", "contenders", "decoding", "measure", "report")
-
 
 @pytest.fixture
-def bench(monkeypatch):
-    """benchmarks/bench_attention.py as a module, found as a script finds its neighbours."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import bench_attention
-
-    yield bench_attention
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def bench(script):
+    """benchmarks/bench_attention.py."""
+    return script("bench_attention")
 
 
 @pytest.fixture

@@ -1,27 +1,16 @@
 """The benchmark of whole models: what it times is verified, what fails is reported, its tables are its figures."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MODULES = ("bench_generation", "generation", "generation_report", "measure", "report", "contenders")
-
 
 @pytest.fixture
-def bench(monkeypatch):
-    """benchmarks/bench_generation.py as a module, found as a script finds its neighbours."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import bench_generation
-    import measure
-
-    monkeypatch.setattr(measure, "timed", lambda run, repeats=1: (run(), 1.0)[1])
-    yield bench_generation
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def bench(script, monkeypatch):
+    """benchmarks/bench_generation.py; nothing is timed."""
+    monkeypatch.setattr(script("measure"), "timed", lambda run, repeats=1: (run(), 1.0)[1])
+    return script("bench_generation")
 
 
 @pytest.fixture

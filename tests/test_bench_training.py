@@ -1,8 +1,6 @@
 """The benchmark of training: what it times computes the same, what is wrong or does not fit is said."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,19 +9,12 @@ from lizardzoo.config import MIXERS
 from lizardzoo.errors import LizardzooError
 from lizardzoo.mixers import Hybrid
 
-MODULES = ("bench_training", "dense", "contenders", "measure", "report", "scaling")
-
 
 @pytest.fixture
-def bench(monkeypatch):
-    """benchmarks/bench_training.py as a module, found as a script finds its neighbours."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    import bench_training
-
-    yield bench_training
+def bench(script):
+    """benchmarks/bench_training.py."""
+    yield script("bench_training")
     MIXERS.remove("dense")
-    for name in MODULES:
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture

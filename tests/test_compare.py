@@ -3,7 +3,6 @@
 import json
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,19 +15,11 @@ from lizardzoo.cache import state_bytes
 from lizardzoo.config import PRESETS
 from lizardzoo.distill import plots
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-MODULES = ("compare", "compare_report", "comparison", "variants")
-
 
 @pytest.fixture
-def compare(monkeypatch):
-    """benchmarks/compare.py as a module, found as a script finds its neighbours."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import compare
-
-    yield compare
-    for name in MODULES:
-        sys.modules.pop(name, None)
+def compare(script):
+    """benchmarks/compare.py."""
+    return script("compare")
 
 
 @pytest.fixture
@@ -65,7 +56,8 @@ def call(compare, variants, tiny_folder, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(plots, "plot", lambda folder: None)  # nobody looks at them here
     for name in ("train", "text"):
-        (tmp_path / f"{name}.txt").write_text(f"A {name} is what the lizard on the wall reads. " * 80)
+        sentences = (f"A {name} is what lizard {number} on the wall reads. " for number in range(80))
+        (tmp_path / f"{name}.txt").write_text("".join(sentences))
 
     def run(*arguments, out="out"):
         compare.main(

@@ -1,8 +1,6 @@
 """The benchmark of training memory, on a tiny model: it measures real steps, and knows an estimate that is off."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -11,14 +9,9 @@ OPTIONS = ["transfer", "finetune", "finetune, checkpointed"]
 
 
 @pytest.fixture
-def memory(monkeypatch):
-    """benchmarks/memory.py as a module, found as a script finds its neighbours."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    import memory
-
-    yield memory
-    for name in ("memory", "scaling", "report"):
-        sys.modules.pop(name, None)
+def memory(script):
+    """benchmarks/memory.py."""
+    return script("memory")
 
 
 def test_the_estimate_is_what_real_steps_take(memory, tmp_path, capsys, monkeypatch):

@@ -1,26 +1,19 @@
 """The benchmark of several GPUs, on two CPU processes: it measures both stages and knows when losses disagree."""
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def scaling(monkeypatch):
-    """benchmarks/scaling.py as a module, whose processes import this checkout and see no GPU."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    monkeypatch.setenv("PYTHONPATH", str(BENCHMARKS.parent))
+def scaling(script, monkeypatch):
+    """benchmarks/scaling.py, whose processes import this checkout and see no GPU."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    import scaling
-
-    yield scaling
-    sys.modules.pop("scaling", None)
+    return script("scaling")
 
 
 def test_one_process_and_two_with_shared_weights_learn_the_same(scaling, tmp_path):

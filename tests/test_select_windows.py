@@ -216,6 +216,24 @@ def test_further_rounds_take_back_what_two_layers_got_for_one_job(made_up, text)
     assert all(count <= 1 + 2 * 6 for count in calls[3:])
 
 
+@pytest.mark.parametrize(("tolls", "better"), [(windows.TOLLS, True), ((0.0,), False)])
+def test_a_change_has_to_pay_for_itself(made_up, text, monkeypatch, tolls, better):
+    """Each size alone seems to gain by another; together only the one that gains much does."""
+
+    def found_in(specs):
+        sizes = [spec.window for spec in specs]
+        others = sum(size != WINDOW for size in sizes[2:])
+        return 2.0 - (sizes[0] > WINDOW) - 0.01 * (others == 1) + 2.0 * (others > 2)
+
+    monkeypatch.setattr(windows, "TOLLS", tolls)
+    made_up(found_in)
+    found = lz.select_windows(deep(8), text, layers=lz.Window(window=WINDOW), octaves=1, rounds=1)
+    assert (found.kl < found.kl_before) == better
+    if better:
+        assert found.windows[0] == 2 * WINDOW
+        assert sum(found.windows) <= 8 * WINDOW
+
+
 def test_rounds_stop_when_nothing_gets_better(made_up, text):
     calls = made_up(lambda specs: sum(8 / spec.window for spec in specs))
     found = lz.select_windows(deep(4), text, layers=lz.Window(window=WINDOW, keep=0), rounds=9)

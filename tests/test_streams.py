@@ -1,22 +1,15 @@
 """Texts that are sampled by streams: each token is the teacher's own choice behind all that it was given before."""
 
 import copy
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 
 @pytest.fixture
-def streams(monkeypatch):
-    """benchmarks/streams.py as a module, found as a script finds its neighbours."""
-    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
-    import streams
-
-    yield streams
-    for name in ("streams", "generation", "measure", "contenders"):
-        sys.modules.pop(name, None)
+def streams(script):
+    """benchmarks/streams.py."""
+    return script("streams")
 
 
 def scripts(streams):

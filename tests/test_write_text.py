@@ -2,25 +2,16 @@
 
 import gzip
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 from lizardzoo.distill import load_data
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-
 
 @pytest.fixture
-def write_text(monkeypatch):
-    """benchmarks/write_text.py as a module."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import write_text
-
-    yield write_text
-    for name in ("write_text", "unprompted", "streams", "generation", "measure", "contenders"):
-        sys.modules.pop(name, None)
+def write_text(script):
+    """benchmarks/write_text.py."""
+    return script("write_text")
 
 
 @pytest.fixture

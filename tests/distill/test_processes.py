@@ -133,11 +133,11 @@ def test_what_one_process_finds_stops_them_all(two):
 
 
 def test_an_epoch_leaves_out_what_fills_no_batch_however_it_is_split(one, recipe, texts, tiny_tokenizer):
-    assert len(load_data(texts[:6], tiny_tokenizer, 48)) == 15
+    assert len(load_data(texts[:5], tiny_tokenizer, 48)) % recipe.transfer.batch_size
     stage = dataclasses.replace(recipe.transfer, steps=None, epochs=2)
     recipe = dataclasses.replace(recipe, transfer=stage)
     for micro in (1, 4):
-        one(f"micro {micro}", recipe=recipe, stages=["transfer"], micro_batch_size=micro, data=texts[:6])
+        one(f"micro {micro}", recipe=recipe, stages=["transfer"], micro_batch_size=micro, data=texts[:5])
     whole, split = ([e["epoch"] for e in read_log(one.folder / f"micro {m}" / "log.jsonl")] for m in (4, 1))
     assert whole == split
     assert whole[-1] == 2
