@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import triton
-from contenders import Function, Inputs, Shape, build_mixer, draw, ours
+from contenders import MIXERS, Function, Inputs, Shape, build_mixer, draw, ours
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -142,12 +142,18 @@ def calls(function: Function, inputs: Inputs) -> dict[str, Callable[[], Any]]:
     }
 
 
-def step() -> Callable[[], Any]:
-    """One token of the mixer behind its state."""
-    mixer = build_mixer("hybrid", SHAPE, SHAPE.heads * SHAPE.head_dim, "cpu", "triton")
-    i = draw(SHAPE, 1, 1, "cpu").detached()
-    state = mixer.init_state(1, torch.bfloat16, "cpu")
-    return lambda: mixer.step_(MixerInputs(i.q, i.k, i.v, i.x, i.cos, i.sin), state)
+def mixer_calls(kind: str) -> dict[str, Callable[[], Any]]:
+    """A mixer's prompt of which a state is left, one that the window holds too, and a token behind a state."""
+    mixer = build_mixer(kind, SHAPE, SHAPE.heads * SHAPE.head_dim, "cpu", "triton")
+    i = draw(SHAPE, 1, TOKENS, "cpu").detached()
+    whole = MixerInputs(i.q, i.k, i.v, i.x, i.cos, i.sin)
+    short, token, state = whole.tokens(0, 60), whole.tokens(0, 1), mixer.init_state(1, torch.bfloat16, "cpu")
+    return {
+        "a prompt, leaving a state": torch.no_grad()(lambda: mixer(whole, need_state=True)),
+        "a short one": torch.no_grad()(lambda: mixer(short, need_state=True)),
+        "a short one without": torch.no_grad()(lambda: mixer(short)),
+        "a step": lambda: mixer.step_(token, state),
+    }
 
 
 def main() -> None:
@@ -164,9 +170,10 @@ def main() -> None:
     print(f"torch {torch.__version__}, triton {triton.__version__}, {platform.processor() or platform.machine()}")
     print(f"{'':42}{'us':>8} {'launches':>8} {'empty':>8} {'other':>8}")
     inputs = draw(SHAPE, 1, TOKENS, "cpu")
-    runs = {
-        f"{name}: {kind}": run for name in chosen for kind, run in calls(found[name].make(inputs), inputs).items()
-    } | {"lizardzoo hybrid mixer: a step": step()}
+    runs = {f"{name}: {kind}": run for name in chosen for kind, run in calls(found[name].make(inputs), inputs).items()}
+    for kind in MIXERS:
+        if (name := f"lizardzoo {kind} mixer") in chosen:
+            runs |= {f"{name}: {what}": run for what, run in mixer_calls(kind).items()}
     for name, run in runs.items():
         print(f"{name:42}{median(run):8.1f} {counts(run)}", flush=True)
     lengths = iter(range(TOKENS + 1, TOKENS + 100))

@@ -53,7 +53,8 @@ class MixerCacheLayer(CacheLayerMixin):
     def advance(self, mixer: Mixer, inputs: MixerInputs) -> Tensor:
         """Run the mixer behind the held state, and hold the next one; returns y [B, T, H, D] in q's dtype."""
         count = inputs.q.shape[1]
-        if self.state is None:
+        # Of a prompt a mixer makes its first state in fewer operations than it takes to go on from an empty one.
+        if self.state is None and (count == 1 or self.record_past or torch.compiler.is_compiling()):
             self._hold(mixer.init_state(inputs.q.shape[0], inputs.v.dtype, inputs.v.device))
         if self.record_past:
             self._records.append(_Record(self._past(), inputs, mixer, count))

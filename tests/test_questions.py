@@ -61,6 +61,17 @@ def test_tasks_are_scored_as_one_does_by_hand(tiny_llama, tiny_tokenizer, sums, 
         assert found[file.stem]["acc,none"] == pytest.approx(right / 9)
 
 
+def test_likelihoods_leave_no_cache_and_the_model_as_it_was(tiny_llama, tiny_tokenizer, sums, tmp_path):
+    caches = []
+    tiny_llama.register_forward_hook(lambda module, inputs, output: caches.append(output.past_key_values))
+    names = evaluate.question_tasks([sums], tmp_path / "tasks")
+    evaluate.lm_eval(tiny_llama, tiny_tokenizer, names, tmp_path / "tasks")
+    assert set(caches) == {None}
+    assert tiny_llama.config.use_cache
+    with torch.no_grad():
+        assert tiny_llama(torch.tensor([[3, 4]])).past_key_values is not None
+
+
 def test_examples_stand_before_the_question_and_are_never_itself(sums, schemas):
     for file in (sums, schemas):
         questions = read_questions(file)

@@ -66,11 +66,15 @@ def lm_eval(
             f"lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists its own, "
             f"include_path adds a folder of yours"
         )
-    training = model.training
+    training, caches = model.training, model.config.use_cache
+    model.config.use_cache = (
+        False  # likelihoods need none, and its states take as long as the rest; `generate` asks for one
+    )
     try:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
         found = simple_evaluate(model=lm, tasks=names, task_manager=manager, **{"log_samples": False, **kwargs})
     finally:
+        model.config.use_cache = caches
         model.train(training)
     return {
         task: {key: value for key, value in values.items() if key != "alias"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -95,6 +96,22 @@ def ring_ranks(length: Tensor, size: int) -> Tensor:
     """The rank that each slot of a ring holds behind `length` [B] tokens; below 0: none yet. [B, size]."""
     last = length[:, None] - 1
     return last - (last - torch.arange(size, device=length.device)) % max(size, 1)
+
+
+def first_of(tokens: Tensor, size: int) -> Tensor:
+    """The first `size` of tokens [B, T, ...], each at its rank; zeros where there are none."""
+    missing = size - tokens.shape[1]
+    if missing > 0:
+        return F.pad(tokens, (0, 0) * (tokens.ndim - 2) + (0, missing)).contiguous()
+    return tokens[:, :size].clone(memory_format=torch.contiguous_format)
+
+
+def ring_of(tokens: Tensor, size: int) -> Tensor:
+    """A ring of the last `size` of tokens [B, T, ...], which are all of a document; zeros in slots that hold none."""
+    count = tokens.shape[1]
+    if count <= size:
+        return first_of(tokens, size)
+    return tokens[:, count - size :].roll(count % max(size, 1), 1).contiguous()
 
 
 def hold(past: Tensor | None, new: Tensor, first: Tensor, ranks: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lizardzoo.kernels.rows import arrange, hold, last_document, ring_ranks, unroll
+from lizardzoo.kernels.rows import arrange, first_of, hold, last_document, ring_of, ring_ranks, unroll
 from lizardzoo.testing import token_flags
 
 
@@ -46,3 +46,18 @@ def test_a_ring_grown_in_pieces_is_the_ring_of_the_whole(
         assert length[row] == len(document)
         last = document[-size:]
         assert unroll(ring, length)[row].tolist()[size - len(last) :] == last
+
+
+@given(st.integers(0, 6), st.integers(1, 20), st.booleans())
+def test_of_a_whole_document_ring_and_first_tokens_are_taken_at_once(size: int, count: int, turned: bool) -> None:
+    """As `hold` gives them where nothing came before; in memory of their own, whatever the tokens' strides."""
+    tokens = torch.rand(2, 3, count, 4).transpose(1, 2) if turned else torch.rand(2, count, 3, 4)
+    length, first = torch.full((2,), count), torch.zeros(2, dtype=torch.long)
+    ring, kept = ring_of(tokens, size), first_of(tokens, size)
+    assert torch.equal(ring, hold(None, tokens, first, ring_ranks(length, size)))
+    there = torch.arange(size) < count
+    assert torch.equal(kept[:, there], hold(None, tokens, first, torch.arange(size).expand(2, -1))[:, there])
+    assert (kept[:, ~there] == 0).all()
+    for held in (ring, kept):
+        assert held.is_contiguous()
+        assert held.numel() == 0 or held.untyped_storage().data_ptr() != tokens.untyped_storage().data_ptr()

@@ -149,7 +149,7 @@ def joint_chunked(
         new_past = next_state(k, v, rows, past, window, keep)
         shift = placed.offset - heavy - window
         new_state = ops.held_after(
-            placed.k, placed.v, ops.Choice(*choice), rows, placed.first, seen, ranks, window, shift
+            placed.k, placed.v, ops.Choice(*choice), rows, placed.first, seen, ranks, window, keep, shift
         )
     if rows is not None:
         y, log_mass = rows.unpack(y), rows.unpack(log_mass)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lizardzoo.kernels.heavy import triton as kernels
 from lizardzoo.kernels.heavy import triton_choice as choice
-from lizardzoo.kernels.heavy.state import by_score, next_state
+from lizardzoo.kernels.heavy.state import by_score, drawn_ring, init_state, next_state
 from lizardzoo.kernels.launching import eager, entry, launch, power_of_2, prepared, strides, unit_stride
-from lizardzoo.kernels.rows import arrange, last_document, unroll
+from lizardzoo.kernels.rows import arrange, last_document, ring_of, unroll
 from lizardzoo.kernels.window import ops as window_ops
 
 OP = "heavy_attention"
@@ -322,31 +322,37 @@ def chunked(q, k, v, log_mass, window, keep, heavy, fade, scale, mask, starts, p
 
     new_state = None
     if return_state:
-        new_state = held_after(k, v, found, rows, first, seen, ranks, window, shift)
+        new_state = held_after(k, v, found, rows, first, seen, ranks, window, keep, shift)
     if rows is not None:
         y, mass = rows.unpack(y), rows.unpack(mass)
     return y, mass, new_state
 
 
-def held_after(k, v, found, rows, first, seen, ranks, window, shift):
+def held_after(k, v, found, rows, first, seen, ranks, window, keep, shift):
     """The state behind a call, of what `choose` gave; place p is row p + shift of k and v.
 
     seen [B], ranks [B, heavy, Hkv] as `by_score` has them: of the state before, None without one.
     """
-    heavy, count = found.keys.shape[3], found.drawn.shape[1] - window
+    drawn, heavy, count = found.drawn.detach(), found.keys.shape[3], found.drawn.shape[1] - window
+    fresh = seen is None and rows is None and not torch.compiler.is_compiling()
+    if fresh and count <= window + keep:  # nothing has left the window
+        sizes = (k.shape[0], k.shape[2], k.shape[3], window, heavy)
+        return init_state(*sizes, k.dtype, k.device, v.shape[3])._replace(drawn=ring_of(drawn[:, window:], window))
     last, best = found.places[:, :, -1].transpose(1, 2).long(), found.keys[:, :, -1].transpose(1, 2)
-    if seen is None:
-        seen = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
-    began, length = last_document(rows, count, seen)
     there = best >= 0
     if first is not None and first.ndim == 2:
         there = there & (best >> 32 == (first[:, -1].clamp(min=-1) + 1)[:, None, None])
     score = torch.where(there, (best & 0x7FFFFFFF).int().view(torch.float32), float("-inf"))
+    index = (last + shift).clamp(0, k.shape[1] - 1)
+    if fresh:
+        return next_state(k, v, index, score, last - heavy - window, ring_of(drawn[:, window:], window))
+    if seen is None:
+        seen = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)
+    began, length = last_document(rows, count, seen)
     rank = last - heavy - window - began[:, None, None]
     if ranks is not None:
         rank = torch.where(last < heavy, ranks.gather(1, last.clamp(0, heavy - 1)), rank)
-    index = (last + shift).clamp(0, k.shape[1] - 1)
-    return next_state(k, v, index, score, rank, found.drawn.detach(), began, length, window)
+    return next_state(k, v, index, score, rank, drawn_ring(drawn, began, length, window))
 
 
 def keys_of(score: Tensor, documents: bool) -> Tensor:

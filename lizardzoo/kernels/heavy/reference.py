@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lizardzoo.kernels.dispatch import compute_dtype
 from lizardzoo.kernels.heavy.selection import select, visible
-from lizardzoo.kernels.heavy.state import HeavyState, by_score, init_state, next_state
+from lizardzoo.kernels.heavy.state import HeavyState, by_score, drawn_ring, init_state, next_state
 from lizardzoo.kernels.merge import joint
 from lizardzoo.kernels.rows import Rows, arrange, last_document, ring_ranks, take_tokens, unroll
 from lizardzoo.kernels.state import overwrite
@@ -96,7 +96,8 @@ def chunked(q, k, v, log_mass, window, keep, heavy, fade, scale, mask, starts, p
         kept = torch.where(there, score.gather(1, last), NEG_INF)
         last = last.clamp(max=rank.shape[1] - 1)  # behind them, where the last chunk was filled up, is no token
         began, length = last_document(rows, count, past.length)
-        new_state = next_state(all_k, all_v, last, kept, rank.gather(1, last), drawn, began, length, window)
+        ring = drawn_ring(drawn, began, length, window)
+        new_state = next_state(all_k, all_v, last, kept, rank.gather(1, last), ring)
     return rows.unpack(y).to(q.dtype), rows.unpack(mass), new_state
 
 

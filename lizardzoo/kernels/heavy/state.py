@@ -36,13 +36,17 @@ def init_state(
     heavy: int,
     dtype: torch.dtype,
     device: torch.device | str,
+    value_dim: int | None = None,
 ) -> HeavyState:
-    """The state before the first token."""
+    """The state before the first token; value_dim: if it is another than head_dim."""
     wide = torch.promote_types(dtype, torch.float32)
-    held = torch.zeros(batch, heavy, kv_heads, head_dim, dtype=dtype, device=device)
+    held_k, held_v = (
+        torch.zeros(batch, heavy, kv_heads, dim, dtype=dtype, device=device)
+        for dim in (head_dim, value_dim or head_dim)
+    )
     return HeavyState(
-        held,
-        held.clone(),
+        held_k,
+        held_v,
         torch.full((batch, heavy, kv_heads), float("-inf"), dtype=wide, device=device),
         torch.zeros(batch, heavy, kv_heads, dtype=torch.int32, device=device),
         torch.zeros(batch, window, kv_heads, dtype=wide, device=device),
@@ -57,16 +61,14 @@ def by_score(state: HeavyState) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return k, v, state.score.gather(1, order), state.rank.gather(1, order)
 
 
-def next_state(
-    k: Tensor, v: Tensor, index: Tensor, score: Tensor, rank: Tensor, drawn: Tensor, began: Tensor, length: Tensor,
-    window: int,
-) -> HeavyState:  # fmt: skip
-    """The state that holds the rows index [B, heavy, Hkv] of k and v.
-
-    score, rank: likewise. drawn [B, window + T, Hkv]: of the window's past, oldest first, and the new tokens.
-    began, length: see `last_document`.
-    """
+def next_state(k: Tensor, v: Tensor, index: Tensor, score: Tensor, rank: Tensor, drawn: Tensor) -> HeavyState:
+    """The state that holds the rows index [B, heavy, Hkv] of k and v; score, rank: likewise; drawn: its ring."""
     held_k, held_v = (x.gather(1, index[..., None].expand(*index.shape, x.shape[-1])) for x in (k, v))
-    slots = (began[:, None] + ring_ranks(length, window) + window).clamp(min=0)
-    state = HeavyState(held_k, held_v, score, rank.int(), take_tokens(drawn, slots))
+    state = HeavyState(held_k, held_v, score, rank.int(), drawn)
     return HeavyState(*(x.contiguous() for x in state))  # for steps in place
+
+
+def drawn_ring(drawn: Tensor, began: Tensor, length: Tensor, window: int) -> Tensor:
+    """The ring of what the window's tokens have drawn, of drawn [B, window + T, Hkv]: its past's, oldest first, and the
+    new tokens'. began, length: see `last_document`."""
+    return take_tokens(drawn, (began[:, None] + ring_ranks(length, window) + window).clamp(min=0))
