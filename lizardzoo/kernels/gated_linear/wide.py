@@ -3,7 +3,7 @@
 A kernel takes a map and a half of the state whole. Beyond that its function is put together of narrower ones:
 
 - columns of the values are independent of each other: each slab computes the weights anew;
-- a wide head_dim only enters through the logits z = x W, which are then made by PyTorch, and a map of ones takes them;
+- a wide head_dim only enters through the logits z = x W, which are then made by PyTorch, behind the identity as map;
 - features beyond what fits add up, numerators and denominators: slabs of log-features, each a branch of its own under
   one denominator. A softmax over features is inside its logarithms by then, and so they are made by PyTorch, in fp32.
 
@@ -60,9 +60,9 @@ def _of_logits(inputs: Inputs) -> Inputs:
     def logits(x: Tensor, weight: Tensor) -> Tensor:
         return torch.einsum("bthd,hdf->bthf", x, weight.to(x.dtype).expand(x.shape[2], -1, -1))
 
-    ones = torch.eye(inputs.query_map.shape[2], device=inputs.q.device)[None]
+    same = torch.eye(inputs.query_map.shape[2], device=inputs.q.device)[None]
     q, k = logits(inputs.q, inputs.query_map), logits(inputs.k, inputs.key_map)
-    return inputs._replace(q=q, k=k, query_map=ones, key_map=ones)
+    return inputs._replace(q=q, k=k, query_map=same, key_map=same)
 
 
 def _of_log_features(inputs: Inputs) -> Inputs:
