@@ -168,14 +168,14 @@ def main() -> None:
     torch.set_num_threads(1)
     pretend()
     print(f"torch {torch.__version__}, triton {triton.__version__}, {platform.processor() or platform.machine()}")
-    print(f"{'':42}{'us':>8} {'launches':>8} {'empty':>8} {'other':>8}")
+    print(f"{'':52}{'us':>8} {'launches':>8} {'empty':>8} {'other':>8}")
     inputs = draw(SHAPE, 1, TOKENS, "cpu")
     runs = {f"{name}: {kind}": run for name in chosen for kind, run in calls(found[name].make(inputs), inputs).items()}
     for kind in MIXERS:
         if (name := f"lizardzoo {kind} mixer") in chosen:
             runs |= {f"{name}: {what}": run for what, run in mixer_calls(kind).items()}
     for name, run in runs.items():
-        print(f"{name:42}{median(run):8.1f} {counts(run)}", flush=True)
+        print(f"{name:52}{median(run):8.1f} {counts(run)}", flush=True)
     lengths = iter(range(TOKENS + 1, TOKENS + 100))
     hybrid = found["lizardzoo hybrid"]
 
@@ -188,7 +188,7 @@ def main() -> None:
     times: list[float] = []
     for _ in range(20):
         another_length()
-    print(f"{'lizardzoo hybrid: a length not seen before':42}{1e6 * statistics.median(times):8.1f}")
+    print(f"{'lizardzoo hybrid: a length not seen before':52}{1e6 * statistics.median(times):8.1f}")
 
 
 if __name__ == "__main__":

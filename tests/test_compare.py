@@ -1,7 +1,6 @@
 """The comparison driver: it measures what it says, goes on where it was stopped; its variants are what they claim."""
 
 import json
-import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -23,18 +22,18 @@ def compare(script):
 
 
 @pytest.fixture
-def variants(compare):
-    return sys.modules["variants"]
+def variants(script):
+    return script("variants")
 
 
 @pytest.fixture
-def comparison(compare):
-    return sys.modules["comparison"]
+def comparison(script):
+    return script("comparison")
 
 
 @pytest.fixture
-def report(compare):
-    return sys.modules["compare_report"]
+def report(script):
+    return script("compare_report")
 
 
 @pytest.fixture

@@ -67,9 +67,7 @@ def lm_eval(
             f"include_path adds a folder of yours"
         )
     training, caches = model.training, model.config.use_cache
-    model.config.use_cache = (
-        False  # likelihoods need none, and its states take as long as the rest; `generate` asks for one
-    )
+    model.config.use_cache = False  # likelihoods need none, and states take time; `generate` asks for one by itself
     try:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
         found = simple_evaluate(model=lm, tasks=names, task_manager=manager, **{"log_samples": False, **kwargs})

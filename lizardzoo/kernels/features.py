@@ -29,9 +29,14 @@ class FeatureMap(NamedTuple):
     activation: Activation
 
 
+def logits(x: Tensor, weight: Tensor) -> Tensor:
+    """x W: [B, T, H, D] x [1 or H, D, F] -> [B, T, H, F]."""
+    return torch.einsum("bthd,hdf->bthf", x, weight.expand(x.shape[2], -1, -1))
+
+
 def log_features(x: Tensor, weight: Tensor, activation: Activation) -> Tensor:
     """log phi(x): [B, T, H, D] x [1 or H, D, F] -> [B, T, H, 2F], in weight's dtype."""
-    logits = torch.einsum("bthd,hdf->bthf", x.to(weight.dtype), weight.expand(x.shape[2], -1, -1))
+    z = logits(x.to(weight.dtype), weight)
     if activation == "softmax":
-        return torch.cat([logits.log_softmax(-1), (-logits).log_softmax(-1)], -1)
-    return torch.cat([logits, -logits], -1)
+        return torch.cat([z.log_softmax(-1), (-z).log_softmax(-1)], -1)
+    return torch.cat([z, -z], -1)

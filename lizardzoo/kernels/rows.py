@@ -98,6 +98,15 @@ def ring_ranks(length: Tensor, size: int) -> Tensor:
     return last - (last - torch.arange(size, device=length.device)) % max(size, 1)
 
 
+def is_whole(rows: Rows | None, state: object | None) -> bool:
+    """Whether a call's tokens are a document from its beginning, all of them real.
+
+    What a state holds of them is then known beforehand, and taken in a third of the operations (`ring_of`, `first_of`).
+    Not while torch.compile traces: for it the other way is one function of any length.
+    """
+    return rows is None and state is None and not torch.compiler.is_compiling()
+
+
 def first_of(tokens: Tensor, size: int) -> Tensor:
     """The first `size` of tokens [B, T, ...], each at its rank; zeros where there are none."""
     missing = size - tokens.shape[1]

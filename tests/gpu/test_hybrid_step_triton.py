@@ -130,7 +130,9 @@ def assert_agree(state: HybridState, expected: HybridState, floor: float) -> Non
 def test_steps_in_place_are_the_references_steps(sizes: dict[str, Any], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     decoder = Decoder(**sizes, dtype=dtype)
-    state, floor = decoder.state, FLOOR[dtype] * (2 if decoder.sizes[3] > 128 else 1)  # logits in the inputs' dtype
+    state, floor = decoder.state, FLOOR[dtype]
+    if sizes.get("dim") == 256 and sizes["features"] <= 128 and dtype != torch.float32:
+        floor *= 2  # logits are rounded there: by bf16 the reference errs 1.0e-2, and 4.8e-3 where maps alone are
     exact = map_state(lambda x: x.double() if x.is_floating_point() else x.clone(), state)
     addresses = [x.data_ptr() for x in state_tensors(state)]
     for t in range(min(2 * state.window.k.shape[1] + 20, 400)):

@@ -66,7 +66,7 @@ def test_what_info_says_of_triton_is_what_its_kernels_take() -> None:
     }
 
 
-@pytest.mark.parametrize("size", [16, 20, 48, 64, 80, 100, 128, 144, 200, 256, 272, 512])
+@pytest.mark.parametrize("size", [16, 20, 32, 48, 64, 80, 96, 100, 112, 128, 144, 160, 200, 256, 272, 512])
 def test_info_says_triton_of_a_head_dim_where_the_kernels_take_it(size: int) -> None:
     """Asked of a device, which no tensor here is on: `check` looks at shapes and dtypes alone."""
     pytest.importorskip("triton")

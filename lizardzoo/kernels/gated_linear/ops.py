@@ -192,14 +192,6 @@ def sizes_of(q: Tensor, v: Tensor, feature_map: FeatureMap | None) -> tuple[int,
     return q.shape[3], v.shape[3], q.shape[3] if feature_map is None else feature_map.key.shape[2]
 
 
-def attend(inputs: Inputs) -> Sequence[Tensor]:
-    """y, log_mass, and the last memory: kv, norm, scale."""
-    half = 0 if inputs.key_map is None else inputs.key_map.shape[2]
-    if max(inputs.q.shape[3], inputs.v.shape[3], half) > widest(inputs.q):
-        return wide.in_slabs(gated_linear, inputs, widest)
-    return gated_linear(*inputs)[:5]
-
-
 class Prepared(NamedTuple):
     """A call's inputs for the kernels, how its rows were packed (None: they were not), and what waits behind it."""
 
@@ -253,7 +245,10 @@ def chunked(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts,
     """All tokens of a sequence; see `lizardzoo.kernels.gated_linear.gated_linear_attention`."""
     check(OP, q, v, feature_map, state)
     prepared = prepare(q, k, v, log_decay, log_input, feature_map, lag, skip, mask, starts, state)
-    y, log_mass, kv, norm, scale = attend(prepared.inputs)
+    if is_wide(q, v, feature_map):
+        y, log_mass, kv, norm, scale = wide.in_slabs(gated_linear, prepared.inputs, widest)
+    else:
+        y, log_mass, kv, norm, scale = gated_linear(*prepared.inputs)[:5]
     memory, tokens = (kv, norm, scale), prepared.tokens
     new_state = next_state(memory, *tokens, prepared.rows, state, lag) if return_state else None  # type: ignore[call-arg]
     return *prepared.unpack(y, log_mass), new_state

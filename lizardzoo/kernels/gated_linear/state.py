@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lizardzoo.kernels.rows import Rows, hold, last_document, ring_of, ring_ranks
+from lizardzoo.kernels.rows import Rows, hold, is_whole, last_document, ring_of, ring_ranks
 
 
 class GatedLinearState(NamedTuple):
@@ -93,8 +93,7 @@ def next_state(
     kv, norm, scale = memory
     length = torch.zeros(batch, dtype=torch.long, device=k.device) if state is None else state.length
     first, length = last_document(rows, count, length)
-    fresh = rows is None and state is None and not torch.compiler.is_compiling()
-    ranks = None if fresh else ring_ranks(length, lag)
+    ranks = None if is_whole(rows, state) else ring_ranks(length, lag)
 
     def wait(ring: Tensor | None, new: Tensor | None) -> Tensor:
         new = kv.new_zeros(batch, count, 0) if new is None else new

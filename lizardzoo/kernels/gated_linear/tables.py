@@ -42,7 +42,7 @@ SCANS = {128: (1024, 4), 32: (256, 4), 0: (128, 8)}
 def widest(q: Tensor) -> int:
     """The largest head_dim, width of values and number of a half's features of one call: what a block can hold.
 
-    A map, or a half of the state, has as many numbers as two of these; with fp32 they are 64 KB at 128. See `wide`.
+    A map, or a half of the state, has the product of two of these in numbers: in fp32 64 KB at 128. See `wide`.
     """
     return 64 if _bytes(q) == 4 and shared_memory(q.device) < 163 else 128
 

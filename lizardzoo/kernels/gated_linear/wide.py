@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lizardzoo.kernels.features import log_features
+from lizardzoo.kernels.features import log_features, logits
 from lizardzoo.kernels.gated_linear.launch import Inputs
 from lizardzoo.kernels.merge import joint
 
@@ -56,12 +56,8 @@ def _by_values(compute: Callable[..., Sequence[Tensor]], inputs: Inputs, most: i
 def _of_logits(inputs: Inputs) -> Inputs:
     """The same of queries and keys that are their logits, in their dtype, as products of it give them."""
     assert inputs.query_map is not None and inputs.key_map is not None
-
-    def logits(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.einsum("bthd,hdf->bthf", x, weight.to(x.dtype).expand(x.shape[2], -1, -1))
-
     same = torch.eye(inputs.query_map.shape[2], device=inputs.q.device)[None]
-    q, k = logits(inputs.q, inputs.query_map), logits(inputs.k, inputs.key_map)
+    q, k = (logits(x, w.to(x.dtype)) for x, w in ((inputs.q, inputs.query_map), (inputs.k, inputs.key_map)))
     return inputs._replace(q=q, k=k, query_map=same, key_map=same)
 
 
@@ -77,7 +73,7 @@ def _of_log_features(inputs: Inputs) -> Inputs:
 
 def _features_of(inputs: Inputs, part: slice) -> Inputs:
     """A slab of the features, and of the memory's rows."""
-    memory = [None if x is None else x[:, :, part] for x in inputs[9:12]]
+    memory = [None if x is None else x[:, :, part] for x in (inputs.kv, inputs.norm, inputs.scale)]
     return inputs._replace(q=inputs.q[..., part], k=inputs.k[..., part], kv=memory[0], norm=memory[1], scale=memory[2])
 
 

@@ -13,7 +13,7 @@ from lizardzoo.kernels.heavy import triton as kernels
 from lizardzoo.kernels.heavy import triton_choice as choice
 from lizardzoo.kernels.heavy.state import by_score, drawn_ring, init_state, next_state
 from lizardzoo.kernels.launching import eager, entry, launch, power_of_2, prepared, strides, unit_stride
-from lizardzoo.kernels.rows import arrange, last_document, ring_of, unroll
+from lizardzoo.kernels.rows import arrange, is_whole, last_document, ring_of, unroll
 from lizardzoo.kernels.window import ops as window_ops
 
 OP = "heavy_attention"
@@ -334,8 +334,8 @@ def held_after(k, v, found, rows, first, seen, ranks, window, keep, shift):
     seen [B], ranks [B, heavy, Hkv] as `by_score` has them: of the state before, None without one.
     """
     drawn, heavy, count = found.drawn.detach(), found.keys.shape[3], found.drawn.shape[1] - window
-    fresh = seen is None and rows is None and not torch.compiler.is_compiling()
-    if fresh and count <= window + keep:  # nothing has left the window
+    whole = is_whole(rows, seen)
+    if whole and count <= window + keep:  # nothing has left the window
         sizes = (k.shape[0], k.shape[2], k.shape[3], window, heavy)
         return init_state(*sizes, k.dtype, k.device, v.shape[3])._replace(drawn=ring_of(drawn[:, window:], window))
     last, best = found.places[:, :, -1].transpose(1, 2).long(), found.keys[:, :, -1].transpose(1, 2)
@@ -344,7 +344,7 @@ def held_after(k, v, found, rows, first, seen, ranks, window, keep, shift):
         there = there & (best >> 32 == (first[:, -1].clamp(min=-1) + 1)[:, None, None])
     score = torch.where(there, (best & 0x7FFFFFFF).int().view(torch.float32), float("-inf"))
     index = (last + shift).clamp(0, k.shape[1] - 1)
-    if fresh:
+    if whole:
         return next_state(k, v, index, score, last - heavy - window, ring_of(drawn[:, window:], window))
     if seen is None:
         seen = torch.zeros(k.shape[0], dtype=torch.long, device=k.device)

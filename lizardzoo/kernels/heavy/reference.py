@@ -45,9 +45,7 @@ def chunked(q, k, v, log_mass, window, keep, heavy, fade, scale, mask, starts, p
     if past is None or state is None:
         sizes = (batch, kv_heads, k.shape[-1], window)
         past = init_window_state(*sizes, keep, k.dtype, k.device)
-        state = init_state(*sizes, heavy, compute_dtype(k), k.device)._replace(
-            k=k.new_zeros(batch, heavy, *k.shape[2:]), v=v.new_zeros(batch, heavy, *v.shape[2:])
-        )
+        state = init_state(*sizes, heavy, k.dtype, k.device, v.shape[3])
         past = past._replace(v=v.new_zeros(batch, window, *v.shape[2:]))
     rows = arrange(q, mask, starts, past.length)
     q, k, v, log_mass = (rows.pack(x) for x in (q, k, v, log_mass))

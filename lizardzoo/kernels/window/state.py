@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lizardzoo.kernels.rows import Rows, first_of, hold, last_document, ring_of, ring_ranks
+from lizardzoo.kernels.rows import Rows, first_of, hold, is_whole, last_document, ring_of, ring_ranks
 
 
 class WindowState(NamedTuple):
@@ -52,7 +52,7 @@ def next_state(
     k: Tensor, v: Tensor, rows: Rows | None, state: WindowState | None, window: int, keep: int
 ) -> WindowState:
     """The state behind k, v [B, T, Hkv, D] (packed); rows None: all tokens are real and go on with the document."""
-    if rows is None and state is None and not torch.compiler.is_compiling():  # the same in a third of the operations
+    if is_whole(rows, state):
         count = torch.full((k.shape[0],), k.shape[1], dtype=torch.long, device=k.device)
         return WindowState(ring_of(k, window), ring_of(v, window), first_of(k, keep), first_of(v, keep), count)
     ring_k, ring_v, kept_k, kept_v, length = state if state is not None else (None,) * 5
