@@ -237,7 +237,7 @@ def find_adapter(config: PreTrainedConfig) -> Any:
     if linearized_family(config) is not None:
         raise LizardzooError(
             f"this model is linearized already ({config.model_type}); load its teacher to convert it "
-            f"anew, or use set_window() to change windows"
+            f"anew, or use set_window() or set_heavy() to change sizes"
         )
     if config.model_type not in ADAPTERS:
         raise LizardzooError(

@@ -303,22 +303,40 @@ class MixedForCausalLM:
             LizardzooError: a list of another length, a window that is no whole number or below 1, no layer that has
                 one; nothing is changed then.
         """
-        specs = self.config.specs
-        targets = [i for i, spec in enumerate(specs) if hasattr(spec, "window")]
+        self._set_size("window", "a window", window)
+
+    def set_heavy(self, heavy: int | Sequence[int]) -> None:
+        """Run the same weights with other numbers of heavy tokens (one for all layers, or one per layer that has them).
+
+        A run-time choice like the window, and the one that buys most for its bytes. Begin a new cache: one that was
+        begun with another number keeps that number in its steps.
+
+        Args:
+            heavy: tokens behind the window that a layer holds.
+
+        Raises:
+            LizardzooError: as `set_window`.
+        """
+        self._set_size("heavy", "heavy tokens", heavy)
+
+    def _set_size(self, field: str, name: str, size: int | Sequence[int]) -> None:
+        """Another value for a field that changes no weights, in every layer that has it."""
+        call, specs = f"set_{field}({size!r})", list(self.config.specs)
+        targets = [i for i, spec in enumerate(specs) if hasattr(spec, field)]
         if not targets:
+            raise LizardzooError(f"{call}: no layer of this model has {name}; convert its teacher anew")
+        if isinstance(size, str) or not isinstance(size, (int, Sequence)):
             raise LizardzooError(
-                f"set_window({window!r}): no layer of this model has a window; convert its teacher anew"
+                f"{call}: {field} is a whole number of tokens; give one for all layers, "
+                f"or a list of {len(targets)}, one for each layer that has {name}"
             )
-        if isinstance(window, str) or not isinstance(window, (int, Sequence)):
+        sizes = [size] * len(targets) if isinstance(size, int) else list(size)
+        if len(sizes) != len(targets):
             raise LizardzooError(
-                f"set_window({window!r}): a window is a whole number of tokens; give one for all layers, "
-                f"or a list of {len(targets)}, one for each layer that has a window"
+                f"set_{field}: the model has {len(targets)} layers with {name}, got {len(sizes)} numbers"
             )
-        windows = [window] * len(targets) if isinstance(window, int) else list(window)
-        if len(windows) != len(targets):
-            raise LizardzooError(f"the model has {len(targets)} layers with a window, got {len(windows)} windows")
-        for index, size in zip(targets, windows, strict=True):
-            specs[index] = replace(specs[index], window=size)
+        for index, value in zip(targets, sizes, strict=True):
+            specs[index] = replace(specs[index], **{field: value})
         check_layers(specs, self.config.max_position_embeddings)
         for index, mixer in self.mixers().items():
             mixer.spec = specs[index]

@@ -15,6 +15,7 @@ from transformers import AutoConfig, GPT2Config, GPT2LMHeadModel, LlamaConfig, L
 import lizardzoo as lz
 from lizardzoo import LizardzooError
 from lizardzoo.adapters import is_new_parameter
+from lizardzoo.adapters.masks import CACHE_KEYWORD
 from lizardzoo.mixers import AttentionShape
 from tests.adapters.students import LAYERS, distance, student, tokens
 
@@ -59,7 +60,7 @@ def test_another_window_needs_no_new_weights(tiny_llama: Any, tmp_path: Path) ->
     model.set_window([60, 60])
     plain = lz.linearize(tiny_llama, [lz.Hybrid(window=60), lz.Softmax(), lz.Window(window=60)])
     assert distance(model(ids).logits, plain(ids).logits) < 1e-5
-    with pytest.raises(LizardzooError, match="2 layers with a window, got 3"):
+    with pytest.raises(LizardzooError, match="2 layers with a window, got 3 numbers"):
         model.set_window([1, 2, 3])
     for wrong in (1.5, None, "8", torch.tensor(8), [4, 0], [4, 1.5]):
         with pytest.raises(LizardzooError, match="window"):
@@ -67,6 +68,31 @@ def test_another_window_needs_no_new_weights(tiny_llama: Any, tmp_path: Path) ->
     assert [getattr(spec, "window", None) for spec in model.config.specs] == [60, None, 60]
     with pytest.raises(LizardzooError, match=r"set_window\(8\): no layer of this model has a window"):
         lz.linearize(tiny_llama, "gated-linear").set_window(8)
+
+
+def test_more_heavy_tokens_need_no_new_weights(tiny_llama: Any, tmp_path: Path) -> None:
+    ids = tokens(1, 60)
+    few, many = ([lz.Heavy(window=4, heavy=n), lz.Hybrid(window=4), lz.Heavy(window=8, heavy=n)] for n in (4, 20))
+    model = student(tiny_llama, few)
+    before = model(ids).logits
+    model.set_heavy(20)
+    assert model.config.specs == many
+    after = model(ids).logits
+    assert distance(after, before) > 1e-4
+    assert torch.equal(after, student(tiny_llama, many)(ids).logits)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(lz.from_pretrained(tmp_path)(ids).logits, after)
+    cache = model(ids[:, :40])[CACHE_KEYWORD]
+    steps = [model(token, **{CACHE_KEYWORD: cache}).logits for token in ids[:, 40:].split(1, dim=1)]
+    assert distance(torch.cat(steps, 1), after[:, 40:]) < 1e-5
+    with pytest.raises(LizardzooError, match="2 layers with heavy tokens, got 3 numbers"):
+        model.set_heavy([1, 2, 3])
+    for wrong in (1.5, None, "8", torch.tensor(8), [4, 0], [4, 1.5]):
+        with pytest.raises(LizardzooError, match="heavy"):
+            model.set_heavy(wrong)
+    assert model.config.specs == many
+    with pytest.raises(LizardzooError, match=r"set_heavy\(8\): no layer of this model has heavy tokens"):
+        lz.linearize(tiny_llama, "hybrid").set_heavy(8)
 
 
 def test_calibration_brings_each_layer_closer_to_the_teacher(tiny_llama: Any) -> None:
