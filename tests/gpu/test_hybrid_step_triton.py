@@ -130,9 +130,11 @@ def assert_agree(state: HybridState, expected: HybridState, floor: float) -> Non
 def test_steps_in_place_are_the_references_steps(sizes: dict[str, Any], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     decoder = Decoder(**sizes, dtype=dtype)
-    state, floor = decoder.state, FLOOR[dtype]
+    state, floor, memory, mass = decoder.state, FLOOR[dtype], 1e-3, 1e-3
     if sizes.get("dim") == 256 and sizes["features"] <= 128 and dtype != torch.float32:
-        floor *= 2  # logits are rounded there: by bf16 the reference errs 1.0e-2, and 4.8e-3 where maps alone are
+        # Logits are rounded there: to bf16, the reference errs by 1.4e-2 (1.0e-2 with the window), its memory by 7.5e-3
+        # and one of its log-masses by 5.7e-2, for a logit of 16 to 32 moves by up to 8 eps; to fp16, an eighth.
+        floor, memory, mass = 2 * floor, 2 * floor, 8 * torch.finfo(dtype).eps
     exact = map_state(lambda x: x.double() if x.is_floating_point() else x.clone(), state)
     addresses = [x.data_ptr() for x in state_tensors(state)]
     for t in range(min(2 * state.window.k.shape[1] + 20, 400)):
@@ -143,9 +145,9 @@ def test_steps_in_place_are_the_references_steps(sizes: dict[str, Any], dtype: t
         assert (y - expected).norm() <= floor * expected.norm() + 1e-12
         finite = torch.isfinite(expected_mass)
         assert torch.equal(finite, torch.isfinite(log_mass))
-        assert ((log_mass - expected_mass)[finite].abs() <= 1e-3 + 1e-3 * expected_mass[finite].abs()).all()
+        assert ((log_mass - expected_mass)[finite].abs() <= mass + 1e-3 * expected_mass[finite].abs()).all()
     assert [x.data_ptr() for x in state_tensors(state)] == addresses
-    assert_agree(state, exact, 1e-3)
+    assert_agree(state, exact, memory)
 
 
 @pytest.mark.parametrize("sizes", [{"batch": 16}, {"batch": 2, "dim": 256, "features": 64}], ids=str)

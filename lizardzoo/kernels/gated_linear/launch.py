@@ -16,6 +16,7 @@ from lizardzoo.kernels.gated_linear.tables import (
     HOLDS,
     LAUNCHES,
     MAP_TILES,
+    NARROWEST,
     PROGRAMS,
     SCANS,
     chunk_size,
@@ -104,10 +105,11 @@ class Launch:
         maps = (inputs.query_map, inputs.key_map)
         self.map_heads = tuple(1 if x is None else x.shape[0] for x in maps)
         self.operand = operand(q)
+        narrowest = NARROWEST if mapped and not INTERPRETED else 1  # without a map, features are q's own columns
         self.sizes = {
             "D": self.head_dim, "F": self.half, "V": self.value_dim, "BD": power_of_2(self.head_dim),
-            "BF": power_of_2(self.half), "BV": power_of_2(self.value_dim), "C": self.chunk, "HALVES": 1 + mapped,
-            "MAP": inputs.activation if mapped else "none", "SCALES": self.scales,
+            "BF": power_of_2(max(self.half, narrowest)), "BV": power_of_2(self.value_dim), "C": self.chunk,
+            "HALVES": 1 + mapped, "MAP": inputs.activation if mapped else "none", "SCALES": self.scales,
             "PACKED": inputs.document is not None,
             "OPERAND": "bf16" if self.operand == torch.bfloat16 else "fp32", "PRECISION": "tf32x3",
         }  # fmt: skip
