@@ -308,8 +308,7 @@ class MixedForCausalLM:
     def set_heavy(self, heavy: int | Sequence[int]) -> None:
         """Run the same weights with other numbers of heavy tokens (one for all layers, or one per layer that has them).
 
-        A run-time choice like the window, and the one that buys most for its bytes. Begin a new cache: one that was
-        begun with another number keeps that number in its steps.
+        A run-time choice like the window. Begin a new cache: one begun with another number keeps it in its steps.
 
         Args:
             heavy: tokens behind the window that a layer holds.

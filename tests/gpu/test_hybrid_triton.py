@@ -266,7 +266,7 @@ def test_any_gates_and_grouping(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("features", [16, 32, 48])
 def test_fewer_features_than_a_head_has_numbers(features: int) -> None:
-    """Tiles of 32 features read outside, where a whole batch of long sequences was at work."""
+    """A whole batch of long sequences too: with 32 features, one like it ended in an illegal address."""
     assert_within_budget(balanced(draw(500, features=features), disjoint()), torch.bfloat16)
     inputs = draw(2048, batch=8, heads=9, kv_heads=3, decay=3, enter=3, features=features).each(torch.bfloat16)
     first, second = (results(inputs, "triton", **disjoint(171, 4)) for _ in range(2))
