@@ -10,7 +10,8 @@ from lizardzoo.config import MixerSpec, register_mixer, register_preset
 from lizardzoo.diagnose import diagnose
 from lizardzoo.distill import distill
 from lizardzoo.errors import LizardzooError
-from lizardzoo.linearize import from_pretrained, linearize
+from lizardzoo.linearize import linearize
+from lizardzoo.loading import from_pretrained
 from lizardzoo.mixers import GatedLinear, Heavy, Hybrid, Softmax, Window
 from lizardzoo.selection import select_layers, select_windows
 from lizardzoo.streaming import linearize_checkpoint

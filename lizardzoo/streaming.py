@@ -27,7 +27,8 @@ from lizardzoo.adapters import is_new_parameter
 from lizardzoo.config import SpecLike, resolve_layers
 from lizardzoo.errors import LizardzooError
 from lizardzoo.hub.weights import shard_names
-from lizardzoo.linearize import ConversionReport, convert_config, find_adapter, progress_bars, read_config
+from lizardzoo.linearize import ConversionReport, convert_config, find_adapter
+from lizardzoo.loading import progress_bars, read_config
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 PATTERNS = ["config.json", "generation_config.json", INDEX, "model*.safetensors"]

@@ -21,7 +21,7 @@ MAX_LINES = 500
 GROUND = {"errors", "registry", "config"}
 MIXERS = GROUND | {"kernels", "mixers"}
 ADAPTERS = MIXERS | {"cache", "hub", "smollm2", "adapters"}
-VERBS = {"linearize", "streaming", "distill", "evaluate", "diagnose", "selection"}
+VERBS = {"loading", "linearize", "streaming", "distill", "evaluate", "diagnose", "selection"}
 ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "registry": {"errors"},
@@ -31,14 +31,15 @@ ROOMS: dict[str, set[str]] = {
     "cache": MIXERS,
     "hub": MIXERS | {"smollm2"},  # folders, files and cards; adapters lend their models what it knows
     "adapters": ADAPTERS,
-    "linearize": ADAPTERS,
-    "streaming": ADAPTERS | {"linearize"},
-    "distill": ADAPTERS | {"linearize"},
-    "evaluate": ADAPTERS | {"linearize"},
-    "diagnose": ADAPTERS | {"linearize", "evaluate"},
+    "loading": ADAPTERS,
+    "linearize": ADAPTERS | {"loading"},
+    "streaming": ADAPTERS | {"loading", "linearize"},
+    "distill": ADAPTERS | {"loading"},
+    "evaluate": ADAPTERS,
+    "diagnose": ADAPTERS | {"evaluate"},
     "selection": ADAPTERS | {"linearize", "evaluate"},
     "smollm2": {"errors"},
-    "testing": ADAPTERS | {"linearize"},  # for tests and plug-in authors: nothing in the package imports it
+    "testing": ADAPTERS | {"loading", "linearize"},  # for tests and plug-in authors: nothing in the package imports it
     "cli": ADAPTERS | VERBS,
     "__main__": {"cli"},
     "__init__": ADAPTERS | VERBS,  # the public names; no room imports them from here
@@ -66,7 +67,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "triton": {"kernels"},  # and there in <op>/triton*.py only
     "transformers": TRANSFORMERS,
     "huggingface_hub": TRANSFORMERS,
-    "safetensors": {"linearize", "streaming", "distill", "hub", "adapters", "testing"},
+    "safetensors": {"loading", "streaming", "distill", "hub", "adapters", "testing"},
     "jinja2": {"hub"},
     "yaml": {"hub"},
     "tokenizers": {"smollm2"},

@@ -16,7 +16,7 @@ import typer
 from lizardzoo.cli.base import err, one_line
 from lizardzoo.config import MixerSpec, resolve_layers
 from lizardzoo.errors import LizardzooError
-from lizardzoo.linearize import from_pretrained, load_teacher, read_config, read_tokenizer
+from lizardzoo.loading import from_pretrained, load_teacher, read_config, read_tokenizer
 from lizardzoo.mixers.softmax import Softmax
 
 

@@ -22,7 +22,7 @@ from lizardzoo.distill.processes import check_shard, device_name, start
 from lizardzoo.distill.recipe import Recipe
 from lizardzoo.errors import LizardzooError
 from lizardzoo.hub.training import FACTS, TRAINING, package_version
-from lizardzoo.linearize import progress_bars
+from lizardzoo.loading import progress_bars
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -304,7 +304,7 @@ def _remove_checkpoints(folder: Path) -> None:
 
 
 def _load_weights(model: Any, folder: Path) -> None:
-    from lizardzoo.linearize import from_pretrained
+    from lizardzoo.loading import from_pretrained
 
     saved = from_pretrained(folder)
     model.load_state_dict(saved.state_dict())

@@ -19,7 +19,7 @@ import lizardzoo as lz
 from lizardzoo.distill import distill, load_data, processes
 from lizardzoo.distill.trainer import read_log
 from lizardzoo.errors import LizardzooError
-from lizardzoo.linearize import read_tokenizer
+from lizardzoo.loading import read_tokenizer
 
 HERE = Path(__file__).parent
 

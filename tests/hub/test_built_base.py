@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lizardzoo as lz
 from lizardzoo import LizardzooError, smollm2
-from lizardzoo.linearize import read_tokenizer
+from lizardzoo.loading import read_tokenizer
 from tests.conftest import make_llama
 from tests.hub.conftest import command, refused
 from tests.hub.published import NAME, put_in_cache

@@ -15,7 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import lizardzoo as lz
 from lizardzoo import LizardzooError
-from lizardzoo.linearize import read_tokenizer
+from lizardzoo.loading import read_tokenizer
 from tests.adapters.families import FAMILIES, teacher
 from tests.conftest import make_tokenizer
 from tests.hub.conftest import command

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lizardzoo.adapters import is_new_parameter
-from lizardzoo.linearize import from_pretrained, linearize
+from lizardzoo.linearize import linearize
+from lizardzoo.loading import from_pretrained
 from lizardzoo.testing.conformance.case import (
     Case,
     assert_close,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lizardzoo.adapters import is_new_parameter
-from lizardzoo.linearize import from_pretrained
+from lizardzoo.loading import from_pretrained
 from lizardzoo.testing.conformance.case import Case, assert_close, logits, model_law
 
 LORA = {"r": 2, "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"], "init_lora_weights": False}
