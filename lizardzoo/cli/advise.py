@@ -33,6 +33,23 @@ from lizardzoo.selection.windows import ROUNDS
 
 DIAGNOSIS, PICTURE = "diagnosis.json", "diagnosis.png"
 
+# What the commands here share:
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A student (of hybrids best after stage 1), or a teacher: folder or Hub id."),
+]
+TextOption = Annotated[Path, typer.Option(help="A text file (UTF-8, also .gz).")]
+FileOption = Annotated[Path, typer.Option("--out", "-o", help="New .json file for the layers list.")]
+TeacherOption = Annotated[
+    str | None, typer.Option("--teacher", "-t", help="Of a student that has been through stage 2: its teacher.")
+]
+LayersOption = Annotated[
+    str, typer.Option("--layers", "-l", help="The mixers of a teacher: a preset's name, or a .json or .py file.")
+]
+LengthOption = Annotated[int, typer.Option(help="Tokens per sequence; well beyond the windows.")]
+LimitOption = Annotated[int, typer.Option(min=1, help="Read only so many sequences.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")]
 RecallOption = Annotated[
     list[int] | None,
     typer.Option(
@@ -51,7 +68,7 @@ RecallShareOption = Annotated[
 @app.command()
 def diagnose(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="The student: folder or Hub id.")],
-    text: Annotated[Path, typer.Option(help="A text file (UTF-8, also .gz).")],
+    text: TextOption,
     teacher: Annotated[
         str | None,
         typer.Option("--teacher", "-t", help="What it is compared with; by default its own projections with softmax."),
@@ -121,21 +138,12 @@ def diagnose(
 
 @app.command("select-layers")
 def select_layers(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A student (of hybrids best after stage 1), or a teacher: folder or Hub id."
-        ),
-    ],
-    text: Annotated[Path, typer.Option(help="A text file (UTF-8, also .gz).")],
+    model: ModelArgument,
+    text: TextOption,
     keep: Annotated[int, typer.Option("--keep", "-k", min=0, help="How many layers shall have softmax.")],
-    file: Annotated[Path, typer.Option("--out", "-o", help="New .json file for the layers list.")],
-    teacher: Annotated[
-        str | None, typer.Option("--teacher", "-t", help="Of a student that has been through stage 2: its teacher.")
-    ] = None,
-    layers: Annotated[
-        str, typer.Option("--layers", "-l", help="The mixers of a teacher: a preset's name, or a .json or .py file.")
-    ] = "recommended",
+    file: FileOption,
+    teacher: TeacherOption = None,
+    layers: LayersOption = "recommended",
     window: Annotated[
         int | None,
         typer.Option(
@@ -147,10 +155,10 @@ def select_layers(
     ] = False,
     recall: RecallOption = None,
     recall_share: RecallShareOption = 1.0,
-    length: Annotated[int, typer.Option(help="Tokens per sequence; well beyond the windows.")] = 2048,
-    limit: Annotated[int, typer.Option(min=1, help="Read only so many sequences.")] = 8,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    length: LengthOption = 2048,
+    limit: LimitOption = 8,
+    batch_size: BatchOption = 1,
+    as_json: JsonOption = False,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
 ) -> None:
@@ -189,20 +197,11 @@ class SizeField(str, Enum):
 
 @app.command("select-windows")
 def select_windows(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="A student (of hybrids best after stage 1), or a teacher: folder or Hub id."
-        ),
-    ],
-    text: Annotated[Path, typer.Option(help="A text file (UTF-8, also .gz).")],
-    file: Annotated[Path, typer.Option("--out", "-o", help="New .json file for the layers list.")],
-    teacher: Annotated[
-        str | None, typer.Option("--teacher", "-t", help="Of a student that has been through stage 2: its teacher.")
-    ] = None,
-    layers: Annotated[
-        str, typer.Option("--layers", "-l", help="The mixers of a teacher: a preset's name, or a .json or .py file.")
-    ] = "recommended",
+    model: ModelArgument,
+    text: TextOption,
+    file: FileOption,
+    teacher: TeacherOption = None,
+    layers: LayersOption = "recommended",
     field: Annotated[
         list[SizeField] | None,
         typer.Option(help="What is shared out: by default the windows; repeatable, all then come out of one budget."),
@@ -213,10 +212,10 @@ def select_windows(
     ] = ROUNDS,
     recall: RecallOption = None,
     recall_share: RecallShareOption = 1.0,
-    length: Annotated[int, typer.Option(help="Tokens per sequence; well beyond the windows.")] = 2048,
-    limit: Annotated[int, typer.Option(min=1, help="Read only so many sequences.")] = 8,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 1,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of the table.")] = False,
+    length: LengthOption = 2048,
+    limit: LimitOption = 8,
+    batch_size: BatchOption = 1,
+    as_json: JsonOption = False,
     dtype: DtypeOption = Dtype.auto,
     device: DeviceOption = "auto",
 ) -> None:
