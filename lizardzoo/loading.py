@@ -119,14 +119,17 @@ def linearized_family(config: PreTrainedConfig | Mapping[str, Any]) -> str | Non
     return next((name for name in ADAPTERS if LINEARIZED + name == model_type), None)
 
 
-def read_tokenizer(source: str | Path) -> Any:
-    """The tokenizer beside a model, or in its GGUF file; a difference that has none takes its base's."""
+def read_tokenizer(source: str | Path, teacher: str | Path | None = None) -> Any:
+    """The tokenizer beside a model, or in its GGUF file. Where there is none, a difference takes its base's, any other
+    student that of its `teacher`, if one is named."""
     place, look = _place(source)
     if not look and not any(find_file(place, name) for name in TOKENIZER_FILES):
         fields, _ = PreTrainedConfig.get_config_dict(place)
         base = difference_of(fields)
         if base is not None:
             place, look = place_of(base, None, {})
+        elif teacher is not None:
+            return read_tokenizer(teacher)
     return AutoTokenizer.from_pretrained(place, **look)
 
 

@@ -378,6 +378,23 @@ def test_eval_prints_json_and_nothing_else(student_folder, text_file):
     assert [(row["name"], row["result"]["overall"]["kl"]) for row in rows] == [("student", None)]
 
 
+def test_a_student_without_a_tokenizer_takes_its_teachers(student_folder, tiny_folder, text_file, tmp_path):
+    """`save_pretrained` of a model writes none."""
+    alone = tmp_path / "alone"
+    lz.from_pretrained(student_folder).save_pretrained(alone)
+    error = fail("eval", alone, "--text", text_file)
+    assert f"no tokenizer can be read beside the model in '{alone}'" in error and "save_pretrained" in error
+
+    def perplexity(model):
+        found = json.loads(succeed("eval", model, "--teacher", tiny_folder, "--text", text_file, "--json"))
+        return [row["result"] for row in found["positions"]["text.txt"]["rows"]]
+
+    assert perplexity(alone) == perplexity(student_folder)
+    sizes = tmp_path / "sizes.json"
+    succeed("select-windows", alone, "--teacher", tiny_folder, "--text", text_file, "--length", 64, "--out", sizes)
+    succeed("diagnose", alone, "--teacher", tiny_folder, "--text", text_file, "--length", 64)
+
+
 def test_eval_compares_several_models(student_folder, tiny_folder, text_file, tmp_path):
     other = tmp_path / "student"  # the same last part: full names tell them apart
     shutil.copytree(student_folder, other)

@@ -106,7 +106,7 @@ def diagnose(
             "--few-shot-from says where examples come from; give --questions FILE and --few-shot N too"
         )
     with nullcontext() if folder is None else new_folder(folder) as made:
-        tokenizer = load_tokenizer(model)
+        tokenizer = load_tokenizer(model, teacher)
         ids = evaluate.sequences(text, tokenizer, length, limit)
         student, expected, before = (
             None if name is None else load_model(name, dtype, device) for name in (model, teacher, start)
@@ -176,7 +176,7 @@ def select_layers(
     they are chosen by it. With --window 1024 it ends there, and memory does not grow.
     """
     _refuse_layers_file(file)
-    ids, weights = _sequences(text, load_tokenizer(model), length, limit, recall, recall_share)
+    ids, weights = _sequences(text, load_tokenizer(model, teacher), length, limit, recall, recall_share)
     subject = load_model(model, dtype, device)
     expected = None if teacher is None else load_model(teacher, dtype, device)
     with progress_bar("sequences", len(ids)) as progress:
@@ -231,7 +231,7 @@ def select_windows(
     by themselves, through all sequences: the bar counts every run's.
     """
     _refuse_layers_file(file)
-    ids, weights = _sequences(text, load_tokenizer(model), length, limit, recall, recall_share)
+    ids, weights = _sequences(text, load_tokenizer(model, teacher), length, limit, recall, recall_share)
     subject = load_model(model, dtype, device)
     expected = None if teacher is None else load_model(teacher, dtype, device)
     with progress_bar("sequences", len(ids)) as progress:

@@ -234,7 +234,7 @@ def distill(
     chosen = recipe_from(_read_recipe(recipe) if recipe.endswith(".json") else recipe)
     if not is_linearized(load_config(model)):
         raise LizardzooError(f"{model!r} is not linearized; run `lizardzoo linearize {model} --out FOLDER` first")
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, teacher)
     student = load_model(model, dtype, device="cpu")  # training moves it to where it runs
     run_distill(
         student,

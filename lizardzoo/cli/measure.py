@@ -112,7 +112,7 @@ def eval_(
     shots = _counts("--few-shot", few_shot, "5, or 0,5", least=0)
     begun = time.monotonic()
     with nullcontext() if folder is None else new_folder(folder) as made:
-        tokenizer = load_tokenizer(models[0])
+        tokenizer = load_tokenizer(models[0], teacher)
         ids = {label: evaluate.sequences(Path(p), tokenizer, length, limit) for label, p in named_texts.items()}
         with _task_source(tasks, shots, few_shot_from, task_limit, batch_size) as source:
             loaded = {label: load_model(name, dtype, device) for label, name in _labels(models).items()}

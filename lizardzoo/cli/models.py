@@ -69,10 +69,18 @@ def load_model(name: str, dtype: Dtype = Dtype.auto, device: str = "auto") -> An
         return load(name, dtype=dtype.torch() or "auto").to(place).eval()
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer beside a model."""
-    with loading(f"{name} (tokenizer)"):
-        return read_tokenizer(name)
+def load_tokenizer(name: str, teacher: str | None = None) -> Any:
+    """The tokenizer beside a model; where there is none, its teacher's."""
+    try:
+        with loading(name):
+            return read_tokenizer(name, teacher)
+    except LizardzooError as error:
+        if not isinstance(error.__cause__, (OSError, ValueError)) or not (Path(name) / "config.json").is_file():
+            raise
+        raise LizardzooError(
+            f"no tokenizer can be read beside the model in {name!r} ({one_line(error.__cause__)}); save its teacher's "
+            f"there: AutoTokenizer.from_pretrained(teacher).save_pretrained({name!r})"
+        ) from error
 
 
 def is_linearized(config: Any) -> bool:
