@@ -34,7 +34,7 @@ test-gpu: $(VENV)/.installed-test  ## only the tests that need a CUDA device; wi
 test-second: $(VENV)-second/.installed  ## a second environment: the laws on the oldest transformers, Triton in its interpreter
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(VENV)-second/bin/python -m pytest -n $(WORKERS) \
 	  tests/adapters tests/hub tests/mixers tests/kernels/test_triton.py tests/kernels/test_launching.py \
-	  tests/kernels/test_step_forms.py tests/kernels/test_tiles.py $(ARGS)
+	  tests/kernels/test_step_forms.py tests/kernels/test_tiles.py tests/kernels/test_machine_code.py $(ARGS)
 
 check: $(VENV)/.installed-dev  ## format, lint, types, and the documentation: its snippets and its site
 	$(RUN) -m ruff format --check .

@@ -35,8 +35,8 @@ LAUNCHES: dict[str, dict[tuple[int, ...], tuple[int, int, int | None]]] = {
     "map_gradients": {(2, 64): (4, 2, None), (2, 128): (4, 1, None), (4, 64): (4, 1, None), (4, 128): (8, 1, None)},
 }
 NARROWEST = 64
-"""Columns of a tile of features at least, the rest zeros. With tiles of 32 the forward ends in an illegal address
-(Triton 3.6, H200, bf16, head_dim 64), though under the interpreter nothing outside is read (benchmarks/NOTES.md)."""
+"""Columns of a tile of features at least, the rest zeros. Of tiles of 32 the assembler of Triton 3.6 makes code for
+Hopper that reads a register which nothing has written, and then anywhere in memory (benchmarks/machine_code.py)."""
 # Rows of states at least -> numbers of a program of the scan, and steps that are read ahead: with few rows, more
 # programs share a matrix.
 SCANS = {128: (1024, 4), 32: (256, 4), 0: (128, 8)}
