@@ -7,7 +7,9 @@ instructions write: one that is read before the text of a kernel has written it 
 kernels are compiled as they would be launched (`shared_memory.py` says how), assembled, disassembled and read.
 
 It looks at the Triton that is installed, whose version and ptxas stand in the first line; exit status 1: a kernel has
-the bug. All that there is takes half an hour of two cores.
+the bug. All that there is takes half an hour of two cores. What was seen, with Triton 3.6 (3.9 finds nothing there):
+
+    python benchmarks/machine_code.py --narrowest 1 --spec "hybrid, 32 features" --dim 64
 """
 
 from __future__ import annotations
@@ -22,21 +24,22 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import shared_memory
 import torch
 import triton
 from host import pretend
-from shared_memory import Endless, kernels
 
 from lizardzoo.config import PRESETS, MixerSpec
 from lizardzoo.errors import LizardzooError
+from lizardzoo.kernels.gated_linear import launch
+from lizardzoo.kernels.gated_linear.tables import NARROWEST
 from lizardzoo.kernels.launching import forget
-from lizardzoo.mixers import AttentionShape, GatedLinear, Heavy, Hybrid, MixerInputs, Window
+from lizardzoo.mixers import GatedLinear, Heavy, Hybrid, Window
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {**shared_memory.DTYPES, "fp16": torch.float16}
 SPECS: dict[str, MixerSpec] = {
     "heavy": Heavy(),
     "heavy, sinks": Heavy(sinks=1),
@@ -51,13 +54,10 @@ SPECS: dict[str, MixerSpec] = {
     "hybrid, 48 features": Hybrid(feature_dim=48),
     "hybrid, 128 features": Hybrid(feature_dim=128),
     "gated linear": GatedLinear(),
-    "gated linear, no map": PRESETS.get("gated-linear") if "gated-linear" in PRESETS else GatedLinear(),
     "lizard": PRESETS.get("lizard"),
     "lolcats": PRESETS.get("lolcats"),
 }
 DIMS = (32, 64, 80, 128, 256)
-TOKENS = 320
-
 
 WRITERS = ("U", "R2UR", "S2UR", "CS2UR", "LDCU", "REDUX", "VOTEU")
 """How instructions begin that write a uniform register, which then is their first operand."""
@@ -66,7 +66,8 @@ UNIFORM = re.compile(r"(\bg?desc\[|\b)UR(\d+)\b")
 
 
 class Case(NamedTuple):
-    """A mixer at a size, and whether its sequences have flags (padding, packed documents) and only parameters learn."""
+    """A mixer at a size; whether its sequences have flags (padding, packed documents) and only parameters learn; the
+    narrowest tile of features."""
 
     spec: str
     dtype: str
@@ -74,6 +75,7 @@ class Case(NamedTuple):
     groups: int
     flags: bool
     frozen: bool
+    narrowest: int = NARROWEST
 
 
 class Read(NamedTuple):
@@ -109,44 +111,19 @@ def unwritten(code: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
             written |= set(range(int(target[1]), int(target[1]) + size))
 
 
-def run(case: Case) -> None:
-    """Forward and backward, and a step."""
-    heads, dtype = 2 * case.groups, DTYPES[case.dtype]
-    shape = AttentionShape(64, heads, 2, case.dim, case.dim**-0.5)
-    spec = SPECS[case.spec]
-    if getattr(spec, "feature_dim", None) == 64 and "features" not in case.spec:
-        spec = replace(spec, feature_dim=case.dim)
-    mixer = spec.build(shape)
-    mixer.impl = "triton"
-
-    def inputs(count: int, flags: torch.Tensor | None) -> MixerInputs:
-        tokens = [torch.zeros(1, count, n, case.dim, dtype=dtype) for n in (heads, 2, 2)]
-        tokens.append(torch.zeros(1, count, 64, dtype=dtype))
-        cos = torch.zeros(1, count, case.dim, dtype=dtype)
-        return MixerInputs(*(x.requires_grad_(not case.frozen) for x in tokens), cos, cos, flags, flags)
-
-    y = mixer(inputs(TOKENS, torch.ones(1, TOKENS, dtype=torch.bool) if case.flags else None))[0]
-    if y.requires_grad:
-        y.sum().backward()
-    with torch.no_grad():
-        mixer.step_(inputs(1, None), mixer.init_state(1, dtype, "cpu"))
-
-
 def look(case: Case) -> tuple[int, list[Read]]:
     """How many forms of kernels a case compiles, and what is wrong with them; in a process of its own."""
     warnings.filterwarnings("ignore", "TRITON_DEFAULT_FP_FUSION")
     with tempfile.TemporaryDirectory() as folder:
         triton.knobs.cache.dir = folder
-        pretend(Endless())
+        pretend(shared_memory.Endless())
         forget()
+        launch.NARROWEST = case.narrowest
         with suppress(LizardzooError):  # refused, in a sentence
-            run(case)
-        forms = [
-            (name, form)
-            for name, kernel in kernels()
-            for cache in kernel.device_caches.values()
-            for form in cache[0].values()
-        ]
+            shared_memory.run(
+                SPECS[case.spec], case.dim, DTYPES[case.dtype], case.groups, flags=case.flags, frozen=case.frozen
+            )
+        forms = [(name, form) for name, compiled in shared_memory.forms().items() for form in compiled]
         found = []
         for name, form in forms:
             file = Path(folder) / "kernel.cubin"
@@ -168,12 +145,13 @@ def main() -> int:
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["bf16"])
     parser.add_argument("--dim", type=int, nargs="+", default=DIMS, help="head_dim")
     parser.add_argument("--groups", type=int, nargs="+", default=[3], help="query heads of a key head")
+    parser.add_argument("--narrowest", type=int, default=NARROWEST, help="columns of a tile of features at least")
     parser.add_argument("--jobs", type=int, default=2, help="processes")
     a = parser.parse_args()
     ptxas = triton.knobs.nvidia.ptxas
     print(f"triton {triton.__version__}, ptxas {ptxas.version}, sm_90", flush=True)
     flags = ((False, False), (True, False), (False, True))
-    cases = [Case(*x[:4], *x[4]) for x in itertools.product(a.spec, a.dtype, a.dim, a.groups, flags)]
+    cases = [Case(*x[:4], *x[4], a.narrowest) for x in itertools.product(a.spec, a.dtype, a.dim, a.groups, flags)]
     total, wrong = 0, 0
     with multiprocessing.get_context("spawn").Pool(a.jobs, maxtasksperchild=1) as pool:
         for count, found in pool.imap_unordered(look, cases, chunksize=1):

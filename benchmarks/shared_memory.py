@@ -90,21 +90,31 @@ def kernels() -> Iterator[tuple[str, Any]]:
                     yield f"{name.split('.')[2]}: {kernel.fn.__name__}", kernel
 
 
-def run(spec: MixerSpec, dim: int, dtype: torch.dtype, groups: int) -> None:
-    """A step of a mixer, and a forward and backward of packed documents, whose kernels are the largest."""
+def forms() -> dict[str, list[Any]]:
+    """What has been compiled of every kernel, by its name."""
+    return {name: [x for cache in k.device_caches.values() for x in cache[0].values()] for name, k in kernels()}
+
+
+def run(
+    spec: MixerSpec, dim: int, dtype: torch.dtype, groups: int, *, step_only: bool = False, flags: bool = True,
+    frozen: bool = False,
+) -> None:  # fmt: skip
+    """A step of a mixer, and unless `step_only` a forward and backward: with `flags` of packed documents, whose kernels
+    are the largest; `frozen`: of the mixer's own parameters alone."""
     shape = AttentionShape(hidden_size=64, heads=2 * groups, kv_heads=2, head_dim=dim, scale=dim**-0.5)
     mixer = spec.build(shape)
     mixer.impl = "triton"
 
     def inputs(count: int, flags: torch.Tensor | None) -> MixerInputs:
         q, k, v = (torch.zeros(1, count, heads, dim, dtype=dtype) for heads in (2 * groups, 2, 2))
-        tokens = [x.requires_grad_() for x in (q, k, v, torch.zeros(1, count, 64, dtype=dtype))]
+        tokens = [x.requires_grad_(not frozen) for x in (q, k, v, torch.zeros(1, count, 64, dtype=dtype))]
         cos = torch.zeros(1, count, dim, dtype=dtype)
         return MixerInputs(*tokens, cos, cos, flags, flags)
 
-    if spec not in STEPS:
-        y = mixer(inputs(TOKENS, torch.ones(1, TOKENS, dtype=torch.bool)))[0]
-        y.sum().backward()
+    if not step_only:
+        y = mixer(inputs(TOKENS, torch.ones(1, TOKENS, dtype=torch.bool) if flags else None))[0]
+        if y.requires_grad:  # not where all is frozen and the mixer has no parameters
+            y.sum().backward()
     with torch.no_grad():
         mixer.step_(inputs(1, None), mixer.init_state(1, dtype, "cpu"))
 
@@ -119,11 +129,10 @@ def needs(
         kernel.device_caches.clear()
     for spec, group in itertools.product(specs, groups):
         with suppress(LizardzooError):  # refused, in a sentence, where no tile would fit
-            run(spec, dim, DTYPES[dtype], group)
-    forms = {name: [x for cache in k.device_caches.values() for x in cache[0].values()] for name, k in kernels()}
+            run(spec, dim, DTYPES[dtype], group, step_only=spec in STEPS)
     return [
         Need(name, dtype, dim, capability, max(form.metadata.shared for form in found))
-        for name, found in sorted(forms.items())
+        for name, found in sorted(forms().items())
         if found
     ]
 

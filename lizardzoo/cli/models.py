@@ -71,16 +71,16 @@ def load_model(name: str, dtype: Dtype = Dtype.auto, device: str = "auto") -> An
 
 def load_tokenizer(name: str, teacher: str | None = None) -> Any:
     """The tokenizer beside a model; where there is none, its teacher's."""
-    try:
-        with loading(name):
+    with loading(name):
+        try:
             return read_tokenizer(name, teacher)
-    except LizardzooError as error:
-        if not isinstance(error.__cause__, (OSError, ValueError)) or not (Path(name) / "config.json").is_file():
-            raise
-        raise LizardzooError(
-            f"no tokenizer can be read beside the model in {name!r} ({one_line(error.__cause__)}); save its teacher's "
-            f"there: AutoTokenizer.from_pretrained(teacher).save_pretrained({name!r})"
-        ) from error
+        except (OSError, ValueError) as error:
+            if isinstance(error, LizardzooError) or not (Path(name) / "config.json").is_file():
+                raise
+            raise LizardzooError(
+                f"no tokenizer can be read beside the model in {name!r} ({one_line(error)}); save its teacher's "
+                f"there: AutoTokenizer.from_pretrained(teacher).save_pretrained({name!r})"
+            ) from error
 
 
 def is_linearized(config: Any) -> bool:
